@@ -1,0 +1,138 @@
+"""The plain values a routing decision is made of: what came in (`Prompt`), its price (`Cost`), the outcome (`Decision`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gorgo_plugin.errors import PromptError
+
+MAX_TOKEN_ID = 2**32 - 1  # token ids are held as uint32; the largest vocabularies have under 2**19 entries
+
+
+def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
+    """Return token ids as a read-only uint32 array of shape (n,).
+
+    Raises:
+        PromptError: not a flat sequence of integers from 0 to 2**32 - 1.
+    """
+    try:
+        array = np.asarray(tokens)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PromptError("tokens: expected a flat sequence of token ids") from error
+    if array.ndim != 1:
+        raise PromptError(f"tokens: expected shape (n,), got {array.shape}")
+    if array.size == 0:
+        array = array.astype(np.uint32)
+    elif array.dtype.kind not in "iu":
+        raise PromptError("tokens: expected whole numbers from 0 to 2**32 - 1")
+    elif array.dtype != np.uint32:
+        # `astype` would wrap these silently.
+        if array.dtype.kind == "i" and int(array.min()) < 0 or int(array.max()) > MAX_TOKEN_ID:
+            raise PromptError("tokens: expected whole numbers from 0 to 2**32 - 1")
+        array = array.astype(np.uint32)
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One request as the router sees it.
+
+    Attributes:
+        tokens: token ids the engine will prefill, uint32, shape (n,); any sequence of integers is converted.
+        model: the name whose tokenizer, blocks and index apply; "" is the model of a router that serves only one.
+        stream: whether the first token can be observed (a non-streamed answer arrives whole).
+        max_output_tokens: the output cap the request asked for, None when it did not.
+        affinity_key: what `session-affinity` hashes (session, conversation or user); None: the first 256 tokens.
+        cache_key: what else separates engine caches (LoRA adapter, `cache_salt`); "" when nothing does.
+        exact: the ids are the engine's own; False: counts are an estimate and are scaled by what engines report.
+    """
+
+    tokens: NDArray[np.uint32]
+    model: str = ""
+    stream: bool = True
+    max_output_tokens: int | None = None
+    affinity_key: str | None = None
+    cache_key: str = ""
+    exact: bool = True
+
+    def __init__(
+        self,
+        tokens: Sequence[int] | NDArray[Any],
+        model: str = "",
+        stream: bool = True,
+        max_output_tokens: int | None = None,
+        affinity_key: str | None = None,
+        cache_key: str = "",
+        exact: bool = True,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "tokens", token_array(tokens))
+        put(self, "model", model)
+        put(self, "stream", stream)
+        put(self, "max_output_tokens", max_output_tokens)
+        put(self, "affinity_key", affinity_key)
+        put(self, "cache_key", cache_key)
+        put(self, "exact", exact)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one replica would cost one request, in milliseconds (paper v2, eq. 3, with every term in time units).
+
+    Attributes:
+        network_ms: one round trip to the replica, EWMA.
+        doubt_ms: the price of not knowing: a round trip never measured or measured long ago.
+        queue_ms: the uncached tokens dispatched there and still without a first token, at the replica's own rate.
+        prefill_ms: this prompt's uncached tokens at the replica's own rate, with its fixed overhead.
+        total_ms: the weighted sum `W_rtt * (network + doubt) + W_queue * queue + prefill`.
+        score: what the policy in force minimises; equals `total_ms` for `gorgo`, has another unit for the baselines.
+        cached_tokens: prompt tokens believed cached there.
+        uncached_tokens: prompt tokens left to prefill.
+    """
+
+    network_ms: float
+    doubt_ms: float
+    queue_ms: float
+    prefill_ms: float
+    total_ms: float
+    score: float
+    cached_tokens: int
+    uncached_tokens: int
+
+    @property
+    def predicted_ttft_ms(self) -> float:
+        """The unweighted prediction: network + queue + prefill."""
+        return self.network_ms + self.queue_ms + self.prefill_ms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """The outcome of routing one request.
+
+    Attributes:
+        request_id: stays the same over the attempts of one request.
+        flight_id: names this attempt; 0 when none was opened (`explain`).
+        replica: name of the chosen replica.
+        region: its region label.
+        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...).
+        ranked: candidate names, cheapest first: the failover order. `ranked[0]` is `replica`.
+        costs: replica name -> `Cost`, built only when looked at.
+    """
+
+    request_id: str
+    flight_id: int
+    replica: str
+    region: str
+    reason: str
+    ranked: Sequence[str]
+    costs: Mapping[str, Cost]

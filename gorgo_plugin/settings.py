@@ -1,0 +1,265 @@
+"""Every setting once: its default, its unit and the reason for the default.
+
+The same schema serves `gorgo.yaml`, LiteLLM's `routing_strategy_args` and library users. Unknown keys are refused, and
+an error is one sentence that names the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gorgo_plugin.errors import SettingsError
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# (W_rtt, W_queue) as published in the paper's second version; bounds of its search are [0.05, 2] and [0.05, 0.5].
+PUBLISHED_WEIGHTS = {"art-chat": (0.276, 0.5), "wildchat": (2.0, 0.104)}
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class ReplicaSettings(_Schema):
+    """One engine endpoint."""
+
+    name: Name
+    """Unique name; metrics and decisions use it."""
+    region: str = "default"
+    """Label shared by the replicas of one place."""
+    url: str
+    """Base URL of the engine, with scheme, host and port."""
+    kv_tokens: Annotated[int, Field(ge=1)] = 500_000
+    """Tokens the replica's KV cache holds. The default is about what one 80 GB GPU keeps for an 8B model."""
+    models: list[str] | None = None
+    """Models served here; none given: every model."""
+
+    @field_validator("url")
+    @classmethod
+    def _has_host(cls, url: str) -> str:
+        parts = urlsplit(url)
+        try:
+            parts.port  # noqa: B018 (the property raises on a port that is no number)
+        except ValueError:
+            raise ValueError("expected a port from 0 to 65535") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected http://host:port or https://host:port")
+        return url
+
+
+class ModelSettings(_Schema):
+    """What differs for one model; a field left out falls back to the top-level setting of the same name."""
+
+    tokenizer: str | None = None
+    """File, folder or hub name of the model's tokenizer."""
+    chat_template: str | None = None
+    """Jinja template text, or the path of a file that holds it."""
+    block_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Tokens of one KV block of the engine."""
+
+
+class WeightSettings(_Schema):
+    """The paper's weights (eq. 3). With terms in milliseconds 1.0 is neutral; `gorgo-paper` reads them in its own units."""
+
+    rtt: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """W_rtt, the price of a millisecond of network."""
+    queue: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """W_queue, the price of a millisecond (`gorgo-paper`: of a token) of work ahead."""
+
+
+class ProbeSettings(_Schema):
+    """How the round trip to each replica is measured, off the request path."""
+
+    path: str | None = None
+    """HTTP path to GET over a kept connection (one round trip plus the handler); none given: TCP connect."""
+    interval_s: PositiveSeconds = 2.0
+    """Seconds between probes of one replica; a probe is one packet pair, so this is cheap."""
+    timeout_s: PositiveSeconds = 2.0
+    """A probe without an answer after this long counts as failed; four times the longest round trip between continents."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """EWMA weight of a new sample (paper v2)."""
+    stale_after_s: PositiveSeconds = 15.0
+    """Age from which a value is marked stale and its doubt priced; several missed probes."""
+    prior_ms: PositiveMs = 150.0
+    """Assumed round trip of a replica never measured, doubled by its doubt; between continents is typical."""
+
+
+class RateSettings(_Schema):
+    """What is believed of an engine's speed before its first answers."""
+
+    ms_per_token: PositiveMs = 0.09
+    """Milliseconds per uncached prompt token; the first paper measured 0.094 (8xA100, Mistral-7B)."""
+    overhead_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """Fixed milliseconds of a prefill, whatever its length."""
+
+
+class MetricsSettings(_Schema):
+    """How the engines' own gauges are read, for the baselines that need them, for restarts and for status."""
+
+    path: str | None = "/metrics"
+    """Path of the engine's Prometheus page; null: engines are not scraped."""
+    interval_s: PositiveSeconds | None = None
+    """Seconds between scrapes; none given: 1 where the policy reads gauges (the papers' rate), else 10."""
+    timeout_s: PositiveSeconds = 2.0
+    """A scrape without an answer after this long counts as failed."""
+
+
+class HealthSettings(_Schema):
+    """How long a replica that fails without answering is left out."""
+
+    backoff_s: PositiveSeconds = 1.0
+    """First pause after a failed attempt; doubles with each further failure in a row."""
+    backoff_max_s: PositiveSeconds = 30.0
+    """Longest pause; after it one attempt or probe decides."""
+
+
+class PrepareSettings(_Schema):
+    """How request bodies become token ids."""
+
+    inline_chars: Annotated[int, Field(ge=0)] = 4096
+    """Unseen characters tokenized on the event loop (about 3 ms); more go to a thread."""
+    threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """Threads that tokenize long prompts."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 64 * 2**20
+    """Bytes of tokenized messages kept, over all models."""
+    image_tokens: Annotated[int, Field(ge=1, le=65536)] = 576
+    """Tokens an image is counted as; 576 is a 336-pixel image at 14-pixel patches. Engines differ, so such a prompt is not `exact`."""
+
+
+class Settings(_Schema):
+    """The whole configuration of a router."""
+
+    version: Literal[1] = 1
+    """Version of this schema."""
+    mode: Literal["on", "shadow", "off"] = "on"
+    """on; shadow: decides and measures, the gateway's own choice stands; off: does nothing."""
+    replicas: list[ReplicaSettings] = []
+    """The fleet. LiteLLM fills it from `model_list`."""
+    tokenizer: str | None = None
+    """File, folder or hub name; none given: the embedded tokenizer, its counts scaled by what engines report."""
+    chat_template: str | None = None
+    """Jinja template text or file; none given: the tokenizer folder's own, else ChatML."""
+    block_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Tokens of one KV block of the engine; vLLM's default is 16."""
+    models: dict[str, ModelSettings] = {}
+    """Per model, where models differ."""
+    policy: str = "gorgo"
+    """What picks the replica; `gorgo` or one of the baselines."""
+    weights: WeightSettings | Literal["art-chat", "wildchat"] | None = None
+    """`{rtt, queue}`, or a published pair by name; none given: 1 and 1 (`gorgo-paper`: art-chat)."""
+    seed: int = 0
+    """Seeds tie-breaking and random policies."""
+    probe: ProbeSettings = ProbeSettings()
+    rates: RateSettings = RateSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    health: HealthSettings = HealthSettings()
+    prepare: PrepareSettings = PrepareSettings()
+    flight_ttl_s: PositiveSeconds = 900.0
+    """A flight open longer than this is released by the sweep; longer than any gateway's request timeout."""
+    response_headers: Literal["none", "region", "debug"] = "region"
+    """`debug` adds what others have cached, which a tenant should not see: never by default."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_reads_on_and_off_as_booleans(cls, mode: Any) -> Any:
+        return {True: "on", False: "off"}.get(mode, mode) if isinstance(mode, bool) else mode
+
+    @field_validator("policy")
+    @classmethod
+    def _policy_exists(cls, policy: str) -> str:
+        from gorgo_plugin.policies import POLICIES  # here, because policies read this module's weights
+
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy '{policy}'{did_you_mean(policy, POLICIES)}")
+        return policy
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        seen: set[str] = set()
+        for replica in self.replicas:
+            if replica.name in seen:
+                raise ValueError(f"replicas: two replicas are named '{replica.name}'; names must be unique")
+            seen.add(replica.name)
+        return self
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
+        """Validate a mapping.
+
+        Raises:
+            SettingsError: one sentence naming the first field at fault and what would be right.
+        """
+        try:
+            return super().model_validate(obj, **kwargs)
+        except ValidationError as error:
+            raise SettingsError(describe(error, cls)) from None
+
+    def weight_pair(self) -> tuple[float, float]:
+        """(W_rtt, W_queue) in force, with published names resolved."""
+        if isinstance(self.weights, WeightSettings):
+            return self.weights.rtt, self.weights.queue
+        if self.weights is not None:
+            return PUBLISHED_WEIGHTS[self.weights]
+        return PUBLISHED_WEIGHTS["art-chat"] if self.policy == "gorgo-paper" else (1.0, 1.0)
+
+    def model_settings(self, model: str) -> ModelSettings:
+        """The model's own settings with the top-level ones filled in."""
+        own = self.models.get(model, ModelSettings())
+        return ModelSettings(
+            tokenizer=own.tokenizer if own.tokenizer is not None else self.tokenizer,
+            chat_template=own.chat_template if own.chat_template is not None else self.chat_template,
+            block_tokens=own.block_tokens if own.block_tokens is not None else self.block_tokens,
+        )
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """` (did you mean 'x'?)`, or the known words when nothing is close."""
+    names = sorted(str(name) for name in known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else f"; known: {', '.join(names)}"
+
+
+def describe(error: ValidationError, schema: type[BaseModel]) -> str:
+    """One sentence for a pydantic error: the field's path, what is wrong, what would be right."""
+    first = error.errors(include_url=False)[0]
+    location = [part for part in first["loc"] if part not in ("WeightSettings", "literal['art-chat','wildchat']")]
+    path = ".".join(str(part) for part in location)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown setting{did_you_mean(str(location[-1]), _fields_at(schema, location[:-1]))}"
+    if first["type"] == "missing":
+        return f"{path}: required, but not given"
+    if not path:
+        return message
+    value = first["input"]
+    shown = "" if isinstance(value, (dict, list)) or path.endswith("url") else f" (got {value!r:.80})"
+    return f"{path}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _fields_at(schema: type[BaseModel], location: list[int | str]) -> list[str]:
+    """Names of the fields of the nested schema that `location` leads to."""
+    current: Any = schema
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        current = _schema_in(field.annotation) or current
+    return list(current.model_fields)
+
+
+def _schema_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _schema_in(argument)
+        if found is not None:
+            return found
+    return None
