@@ -1,0 +1,94 @@
+"""What a policy is: a pure function from what is known about the candidates to one score each, lower is better."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gorgo_plugin.signals.columns import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a policy may look at: one row per candidate replica, arrays of shape (candidates,).
+
+    Attributes:
+        names: replica names.
+        network_ms, doubt_ms: round trip and the price of not knowing it.
+        queue_ms: time until the replica's prefill queue is empty.
+        prefill_ms: this prompt's own prefill there.
+        cached_tokens, uncached_tokens: of this prompt, in the engine's tokens.
+        prompt_tokens: length of this prompt, in the engine's tokens.
+        waiting, decoding: flights before and after their first token.
+        queued_prompt_tokens, decoding_prompt_tokens: their prompt tokens, cached ones included.
+        gauge: engine gauge by name (`running`, `waiting`, `used_tokens`), NaN where never read.
+        affinity: bytes that stay the same over a session.
+        weights: (W_rtt, W_queue).
+        rng: the router's seeded generator.
+    """
+
+    names: list[str]
+    network_ms: FloatArray
+    doubt_ms: FloatArray
+    queue_ms: FloatArray
+    prefill_ms: FloatArray
+    cached_tokens: FloatArray
+    uncached_tokens: FloatArray
+    prompt_tokens: float
+    waiting: FloatArray
+    decoding: FloatArray
+    queued_prompt_tokens: FloatArray
+    decoding_prompt_tokens: FloatArray
+    gauge: Callable[[str], FloatArray]
+    affinity: Callable[[], bytes]
+    weights: tuple[float, float]
+    rng: random.Random
+
+    @property
+    def in_flight(self) -> FloatArray:
+        """Open flights per candidate."""
+        return self.waiting + self.decoding
+
+    @property
+    def total_ms(self) -> FloatArray:
+        """`W_rtt * (network + doubt) + W_queue * queue + prefill`: paper v2, eq. 3, every term in milliseconds."""
+        w_rtt, w_queue = self.weights
+        return w_rtt * (self.network_ms + self.doubt_ms) + w_queue * self.queue_ms + self.prefill_ms
+
+    def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
+        """An engine gauge, or this router's own count where the engine was never read."""
+        values = self.gauge(name)
+        return np.where(np.isnan(values), own, values)
+
+
+class Policy:
+    """Base of the policies. Stateless; what they need comes in the `View`.
+
+    Attributes:
+        name: what `policy:` selects.
+        reason: what a decision says when the best score alone decided.
+        reads_gauges: the engines are scraped once a second for it.
+        tie_ms, tie_share: candidates within `tie_ms + tie_share * best` of the best score count as equal, and one of
+            them is taken at random.
+    """
+
+    name: ClassVar[str]
+    reason: ClassVar[str]
+    reads_gauges: ClassVar[bool] = False
+    tie_ms: ClassVar[float] = 0.0
+    tie_share: ClassVar[float] = 0.0
+
+    def scores(self, view: View) -> FloatArray:
+        """One score per candidate, finite, lower is better."""
+        raise NotImplementedError
+
+
+def rank_above(first: FloatArray, then: FloatArray) -> FloatArray:
+    """Scores that order by `first` and, where it is equal, by `then`."""
+    _, primary = np.unique(first, return_inverse=True)
+    _, secondary = np.unique(then, return_inverse=True)
+    return (primary * (len(then) + 1) + secondary).astype(np.float64)

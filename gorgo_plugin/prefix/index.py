@@ -1,0 +1,302 @@
+"""The prefix index: which leading blocks of a prompt each replica holds.
+
+One path-compressed trie serves all replicas. An edge is the `bytes` of its blocks' hashes, so following it is one
+memcmp; a node knows as a bit mask which replicas hold all of its edge, and when each last used it. Each replica has a
+capacity in blocks and forgets as engines do: least recently used first, the tail of a prompt before its head.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from gorgo_plugin.prefix.blocks import HASH_BYTES
+
+# A prompt made to branch at every block would turn a lookup into one step per block; a conversation has some dozens.
+MAX_WALK_NODES = 4096
+# Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
+RETIRED_BLOCKS_PER_CREDIT = 4096
+
+
+class _Node:
+    __slots__ = ("children", "edge", "holding_children", "mask", "parent", "queued", "used")
+
+    def __init__(self, edge: bytes, parent: _Node | None) -> None:
+        self.edge = edge
+        self.parent = parent
+        self.children: dict[bytes, _Node] = {}
+        self.mask = 0  # bit set: that replica holds every block of the edge, and of every edge above
+        self.queued = 0  # bit set: that replica's eviction heap has an entry for this node
+        self.used: dict[int, int] = {}  # bit -> tick of last use
+        self.holding_children: dict[int, int] = {}  # bit -> how many children that replica holds
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """What one dispatch added to the index, so that it can be taken back or corrected.
+
+    Attributes:
+        replica, bit: who was credited, and under which identity (a forgotten replica gets a new one).
+        tick: the time of use that the credit wrote.
+        leaf: the last node of the path.
+        boundary: the last node that was held before; what lies between it and `leaf` is new.
+        had_blocks: blocks of the prompt that were believed cached before.
+        stamps: (end block, tick of last use before this credit) of each part that was believed cached.
+    """
+
+    replica: int
+    bit: int
+    tick: int
+    leaf: _Node
+    boundary: _Node
+    had_blocks: int
+    stamps: tuple[tuple[int, int], ...]
+
+
+class PrefixIndex:
+    """Blocks held per replica. Replicas are small integers; not thread-safe (the router's lock covers it)."""
+
+    def __init__(self) -> None:
+        self._root = _Node(b"", None)
+        self._tick = 0
+        self._bit_of: dict[int, int] = {}
+        self._owner: dict[int, int] = {}  # bit -> replica
+        self._free_bits: list[int] = []
+        self._retired: list[int] = []
+        self._capacity: dict[int, int] = {}  # replica -> blocks
+        self._held: dict[int, int] = {}  # bit -> blocks
+        self._heaps: dict[int, list[tuple[int, int, _Node]]] = {}
+        self._pushes = 0  # breaks ties between heap entries of one tick; later pushes are nearer the root
+        self._next_bit = 0
+
+    def set_capacity(self, replica: int, blocks: int) -> None:
+        """Let `replica` hold at most `blocks` blocks; what is over leaves at once."""
+        self._capacity[replica] = blocks
+        if replica not in self._bit_of:
+            self._assign_bit(replica)
+        self._evict_to_capacity(replica)
+
+    def held_blocks(self, replica: int) -> int:
+        """Blocks `replica` is believed to hold."""
+        bit = self._bit_of.get(replica)
+        return 0 if bit is None else self._held[bit]
+
+    def match(self, hashes: bytes) -> dict[int, int]:
+        """Leading blocks of `hashes` held by each replica that holds any: replica -> blocks."""
+        found: dict[int, int] = {}
+        node, alive, depth, position, end = self._root, -1, 0, 0, len(hashes)
+        for _ in range(MAX_WALK_NODES):
+            child = node.children.get(hashes[position : position + HASH_BYTES])
+            here = alive & child.mask if child is not None and position < end else 0
+            if depth and alive & ~here:
+                self._note(found, alive & ~here, depth)
+            if child is None or not here:
+                return found
+            common = _common_blocks(child.edge, hashes, position, end)
+            alive, node = here, child
+            depth += common
+            position += common * HASH_BYTES
+            if common * HASH_BYTES < len(child.edge):
+                break
+        self._note(found, alive, depth)
+        return found
+
+    def credit(self, replica: int, hashes: bytes) -> Credit:
+        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
+        bit = self._bit_of[replica]
+        self._clean_retired()
+        self._tick += 1
+        flag = 1 << bit
+        node = boundary = self._root
+        position, end = 0, min(len(hashes), self._capacity[replica] * HASH_BYTES)
+        stamps: list[tuple[int, int]] = []
+        for _ in range(MAX_WALK_NODES):
+            if position >= end:
+                break
+            first = hashes[position : position + HASH_BYTES]
+            child = node.children.get(first)
+            if child is None:
+                child = node.children[first] = _Node(hashes[position:end], node)
+            common = _common_blocks(child.edge, hashes, position, end)
+            if common * HASH_BYTES < len(child.edge):
+                child = self._split(child, common)
+            position += common * HASH_BYTES
+            if child.mask & flag:
+                boundary = child
+                stamps.append((position // HASH_BYTES, child.used[bit]))
+            else:
+                self._hold(child, bit)
+            child.used[bit] = self._tick
+            node = child
+        if node is not self._root:
+            self._queue_if_leaf(node, bit)
+        self._evict_to_capacity(replica)
+        return Credit(replica, bit, self._tick, node, boundary, stamps[-1][0] if stamps else 0, tuple(stamps))
+
+    def revoke(self, credit: Credit) -> None:
+        """Take back what `credit` added, except what a later use has confirmed."""
+        bit, node = credit.bit, credit.leaf
+        if self._bit_of.get(credit.replica) != bit:
+            return
+        while node is not credit.boundary:
+            if node.mask >> bit & 1:
+                if node.used[bit] != credit.tick or node.holding_children.get(bit):
+                    return
+                self._release(node, bit)
+            assert node.parent is not None  # the boundary is an ancestor, at the latest the root
+            node = node.parent
+
+    def correct(self, credit: Credit, cached_blocks: int) -> int:
+        """Believe the engine, which found only `cached_blocks` where `credit.had_blocks` were expected.
+
+        Engines evict least recently used first, so everything last used no later than the missing block is gone too.
+        Returns the number of blocks forgotten.
+        """
+        if self._bit_of.get(credit.replica) != credit.bit:
+            return 0
+        oldest = next((tick for end, tick in credit.stamps if end > cached_blocks), None)
+        if oldest is None:
+            return 0
+        bit, before = credit.bit, self._held[credit.bit]
+        heap = self._heaps[bit]
+        while heap and heap[0][0] <= oldest:
+            self._evict_one(bit, before, oldest)
+        return before - self._held[bit]
+
+    def forget(self, replica: int) -> None:
+        """Drop all credit of `replica` at once; its nodes are cleaned away by later credits."""
+        bit = self._bit_of.get(replica)
+        if bit is None:
+            return
+        del self._owner[bit]
+        self._retired.append(bit)
+        self._assign_bit(replica)
+
+    def remove(self, replica: int) -> None:
+        """Forget `replica` and its capacity."""
+        self.forget(replica)
+        bit = self._bit_of.pop(replica, None)
+        if bit is not None:
+            del self._owner[bit]
+            self._retired.append(bit)
+            self._capacity.pop(replica, None)
+
+    def _assign_bit(self, replica: int) -> None:
+        if self._free_bits:
+            bit = self._free_bits.pop()
+        else:
+            bit, self._next_bit = self._next_bit, self._next_bit + 1
+        self._bit_of[replica] = bit
+        self._owner[bit] = replica
+        self._held[bit] = 0
+        self._heaps[bit] = []
+
+    def _note(self, found: dict[int, int], mask: int, depth: int) -> None:
+        owner = self._owner
+        while mask:
+            low = mask & -mask
+            mask ^= low
+            replica = owner.get(low.bit_length() - 1)
+            if replica is not None:
+                found[replica] = depth
+
+    def _split(self, node: _Node, blocks: int) -> _Node:
+        """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, its heap entries valid."""
+        parent = node.parent
+        assert parent is not None
+        cut = blocks * HASH_BYTES
+        upper = _Node(node.edge[:cut], parent)
+        upper.mask = node.mask
+        upper.used = dict(node.used)
+        upper.holding_children = dict.fromkeys(node.used, 1)
+        parent.children[upper.edge[:HASH_BYTES]] = upper
+        node.edge = node.edge[cut:]
+        node.parent = upper
+        upper.children[node.edge[:HASH_BYTES]] = node
+        return upper
+
+    def _hold(self, node: _Node, bit: int) -> None:
+        node.mask |= 1 << bit
+        self._held[bit] += len(node.edge) // HASH_BYTES
+        parent = node.parent
+        assert parent is not None
+        parent.holding_children[bit] = parent.holding_children.get(bit, 0) + 1
+
+    def _release(self, node: _Node, bit: int) -> None:
+        """Drop `bit` from a node none of whose children it holds, and the node itself when nobody holds it."""
+        node.mask &= ~(1 << bit)
+        del node.used[bit]
+        self._held[bit] -= len(node.edge) // HASH_BYTES
+        parent = node.parent
+        assert parent is not None
+        left = parent.holding_children[bit] - 1
+        if left:
+            parent.holding_children[bit] = left
+        else:
+            del parent.holding_children[bit]
+            if parent.parent is not None:
+                self._queue_if_leaf(parent, bit)
+        if not node.mask:
+            del parent.children[node.edge[:HASH_BYTES]]
+
+    def _queue_if_leaf(self, node: _Node, bit: int) -> None:
+        flag = 1 << bit
+        if node.queued & flag or node.holding_children.get(bit):
+            return
+        node.queued |= flag
+        self._pushes += 1
+        heapq.heappush(self._heaps[bit], (node.used[bit], self._pushes, node))
+
+    def _evict_to_capacity(self, replica: int) -> None:
+        bit = self._bit_of[replica]
+        while (over := self._held[bit] - self._capacity[replica]) > 0 and self._heaps[bit]:
+            self._evict_one(bit, over, self._tick)
+
+    def _evict_one(self, bit: int, most_blocks: int, newest: int) -> None:
+        """Pop one heap entry; if it is a leaf last used no later than `newest`, evict up to `most_blocks` of its tail."""
+        flag = 1 << bit
+        tick, _, node = heapq.heappop(self._heaps[bit])
+        node.queued &= ~flag
+        if not node.mask & flag or node.holding_children.get(bit):
+            return  # released meanwhile, or no leaf any more: queued again when it is
+        if node.used[bit] != tick or tick > newest:
+            self._queue_if_leaf(node, bit)  # used since it was queued
+            return
+        blocks = len(node.edge) // HASH_BYTES
+        if blocks <= most_blocks:
+            self._release(node, bit)
+        elif node.mask == flag:  # nobody else holds it, so it has no children: shorten it in place
+            node.edge = node.edge[: -most_blocks * HASH_BYTES]
+            self._held[bit] -= most_blocks
+            self._queue_if_leaf(node, bit)
+        else:
+            upper = self._split(node, blocks - most_blocks)
+            self._release(node, bit)
+            self._queue_if_leaf(upper, bit)
+
+    def _clean_retired(self) -> None:
+        while self._retired:
+            bit = self._retired[-1]
+            before, heap = self._held[bit], self._heaps[bit]
+            while heap and before - self._held[bit] < RETIRED_BLOCKS_PER_CREDIT:
+                self._evict_one(bit, self._held[bit], self._tick)
+            if heap:
+                return
+            self._retired.pop()
+            del self._held[bit], self._heaps[bit]
+            self._free_bits.append(bit)
+
+
+def _common_blocks(edge: bytes, hashes: bytes, position: int, end: int) -> int:
+    """How many leading blocks `edge` shares with `hashes[position:end]`, by bisection over memcmp."""
+    limit = end - position
+    if len(edge) <= limit and hashes.startswith(edge, position):
+        return len(edge) // HASH_BYTES
+    low, high = 0, min(len(edge), limit) // HASH_BYTES
+    while low < high:
+        middle = (low + high + 1) // 2
+        if hashes.startswith(edge[: middle * HASH_BYTES], position):
+            low = middle
+        else:
+            high = middle - 1
+    return low

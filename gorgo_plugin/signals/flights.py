@@ -1,0 +1,200 @@
+"""The ledger of flights: what this router has sent to each replica and not yet seen the end of."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gorgo_plugin.prefix import Credit
+from gorgo_plugin.signals.columns import Columns, FloatArray, SlotArray
+
+# How far past its predicted first token a flight must be before the lateness itself is priced: prefill steps are mixed
+# with decodes and a step is coarse, so twice the prediction and this much more is still ordinary.
+LATE_AFTER_MS = 100.0
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One attempt of a request at one replica.
+
+    Attributes:
+        prompt_tokens, cached_tokens, uncached_tokens: as estimated at dispatch, in the engine's tokens.
+        ahead_tokens: uncached tokens that were before it in the replica's prefill queue.
+        network_ms: the round trip as known at dispatch.
+        predicted_ms: predicted TTFT.
+        prefill_ends_s: when the prefill is predicted to end; what releases the queue for a non-streamed request.
+        first_token_s: when the first token was seen, None before.
+        in_queue: it still blocks the replica's prefill queue.
+    """
+
+    flight_id: int
+    request_id: str
+    slot: int
+    model: str
+    stream: bool
+    exact: bool
+    dispatched_s: float
+    prompt_tokens: float
+    own_tokens: int
+    cached_tokens: float
+    uncached_tokens: float
+    ahead_tokens: float
+    network_ms: float
+    predicted_ms: float
+    hashes: bytes
+    credit: Credit | None
+    first_token_s: float | None = None
+    in_queue: bool = True
+    learned: bool = False
+    usage_seen: bool = False
+
+    @property
+    def prefill_ends_s(self) -> float:
+        """Predicted end of the prefill, on the engine: half a round trip before the first token would be seen."""
+        return self.dispatched_s + (self.predicted_ms - self.network_ms / 2) / 1000.0
+
+
+class Flights:
+    """Open flights and what they add up to per replica. A flight is released exactly once, whoever ends it."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, Flight] = {}
+        self._columns = Columns(
+            queued_tokens=0.0,  # uncached tokens dispatched, no first token yet
+            queued_prompt_tokens=0.0,  # the same counted with their cached tokens, as the papers do
+            decoding_prompt_tokens=0.0,
+            waiting=0.0,  # flights without a first token
+            decoding=0.0,  # flights with one
+            head_tokens=0.0,  # of the flight at the head of the queue
+            head_since_s=math.inf,
+        )
+        self._queues: dict[int, dict[int, Flight]] = {}  # slot -> flights in the prefill queue, in order
+        self._unstreamed: list[tuple[float, int]] = []  # heap of (predicted prefill end, flight id)
+        self.grow = self._columns.grow
+        self.reset = self._columns.reset
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._open.values()))
+
+    def get(self, flight_id: int) -> Flight | None:
+        """The open flight of that id, if there is one."""
+        return self._open.get(flight_id)
+
+    def open(self, flight: Flight) -> None:
+        """Count a new flight at its replica."""
+        self._open[flight.flight_id] = flight
+        self._enqueue(flight)
+        if not flight.stream:
+            heapq.heappush(self._unstreamed, (flight.prefill_ends_s, flight.flight_id))
+
+    def prefilled(self, flight: Flight, now_s: float) -> None:
+        """The prefill ended: it blocks the queue no longer and counts as decoding."""
+        if not flight.in_queue:
+            return
+        self._dequeue(flight, now_s)
+        self._columns["decoding"][flight.slot] += 1
+        self._columns["decoding_prompt_tokens"][flight.slot] += flight.prompt_tokens
+
+    def close(self, flight_id: int, now_s: float) -> Flight | None:
+        """Release a flight; None when it is not open (unknown, or released before)."""
+        flight = self._open.pop(flight_id, None)
+        if flight is not None:
+            self._uncount(flight, now_s)
+        return flight
+
+    def move(self, flight: Flight, slot: int, now_s: float) -> None:
+        """The gateway sent the flight elsewhere: count it there from now on."""
+        self._uncount(flight, now_s)
+        flight.slot, flight.dispatched_s, flight.in_queue = slot, now_s, True
+        flight.ahead_tokens = float(self._columns["queued_tokens"][slot])
+        self._enqueue(flight)
+
+    def release_unstreamed(self, now_s: float) -> None:
+        """Let non-streamed flights leave the prefill queue at their predicted prefill end."""
+        heap = self._unstreamed
+        while heap and heap[0][0] <= now_s:
+            flight = self._open.get(heapq.heappop(heap)[1])
+            if flight is not None:
+                self.prefilled(flight, now_s)
+
+    def opened_before(self, limit_s: float) -> list[int]:
+        """Ids of the open flights dispatched before `limit_s`."""
+        return [flight.flight_id for flight in self._open.values() if flight.dispatched_s < limit_s]
+
+    def column(self, name: str, slots: SlotArray) -> FloatArray:
+        """One of the sums per replica, shape (len(slots),)."""
+        return self._columns[name][slots]
+
+    def in_flight(self, slots: SlotArray) -> FloatArray:
+        """Open flights per replica."""
+        return self._columns["waiting"][slots] + self._columns["decoding"][slots]
+
+    def backlog_ms(self, slots: SlotArray, ms_per_token: FloatArray, now_s: float) -> FloatArray:
+        """Time until the replica's prefill queue is empty, in ms.
+
+        Every queued uncached token costs `ms_per_token`, less what the head of the queue must have had by now. A head
+        far past its time is evidence against the replica: its lateness is added, so a replica that hangs prices itself
+        out instead of looking idle.
+        """
+        columns = self._columns
+        head_ms = columns["head_tokens"][slots] * ms_per_token
+        elapsed_ms = np.maximum(now_s - columns["head_since_s"][slots], 0.0) * 1000.0
+        late_ms = np.maximum(elapsed_ms - 2.0 * head_ms - LATE_AFTER_MS, 0.0)
+        return columns["queued_tokens"][slots] * ms_per_token - np.minimum(elapsed_ms, head_ms) + late_ms
+
+    def open_per_slot(self) -> dict[int, int]:
+        """Open flights counted from the ledger itself, not from the sums."""
+        counts: dict[int, int] = {}
+        for flight in self._open.values():
+            counts[flight.slot] = counts.get(flight.slot, 0) + 1
+        return counts
+
+    def _enqueue(self, flight: Flight) -> None:
+        slot = flight.slot
+        queue = self._queues.setdefault(slot, {})
+        queue[flight.flight_id] = flight
+        self._columns["waiting"][slot] += 1
+        self._columns["queued_tokens"][slot] += flight.uncached_tokens
+        self._columns["queued_prompt_tokens"][slot] += flight.prompt_tokens
+        if len(queue) == 1:
+            self._set_head(slot, flight.dispatched_s + flight.network_ms / 2000.0)
+
+    def _dequeue(self, flight: Flight, now_s: float) -> None:
+        slot, columns = flight.slot, self._columns
+        queue = self._queues[slot]
+        was_head = next(iter(queue)) == flight.flight_id
+        del queue[flight.flight_id]
+        flight.in_queue = False
+        if not queue:  # exact zeros, so that rounding never accumulates
+            for name in ("waiting", "queued_tokens", "queued_prompt_tokens", "head_tokens"):
+                columns[name][slot] = 0.0
+            columns["head_since_s"][slot] = math.inf
+            return
+        columns["waiting"][slot] -= 1
+        columns["queued_tokens"][slot] -= flight.uncached_tokens
+        columns["queued_prompt_tokens"][slot] -= flight.prompt_tokens
+        if was_head:  # the engine turned to the next one half a round trip before this first token was seen
+            self._set_head(slot, now_s - flight.network_ms / 2000.0)
+
+    def _set_head(self, slot: int, since_s: float) -> None:
+        head = next(iter(self._queues[slot].values()))
+        self._columns["head_tokens"][slot] = head.uncached_tokens
+        self._columns["head_since_s"][slot] = max(since_s, head.dispatched_s + head.network_ms / 2000.0)
+
+    def _uncount(self, flight: Flight, now_s: float) -> None:
+        if flight.in_queue:
+            self._dequeue(flight, now_s)
+            return
+        slot, columns = flight.slot, self._columns
+        columns["decoding"][slot] -= 1
+        if columns["decoding"][slot] <= 0:
+            columns["decoding"][slot] = columns["decoding_prompt_tokens"][slot] = 0.0
+        else:
+            columns["decoding_prompt_tokens"][slot] -= flight.prompt_tokens

@@ -1,0 +1,75 @@
+"""The latency table: round trip, spread and age per replica."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gorgo_plugin.settings import ProbeSettings
+from gorgo_plugin.signals.columns import Columns, FloatArray, SlotArray
+
+# What one stale period adds to the doubt, as a share of the round trip itself, on top of its spread.
+STALE_GROWTH = 0.25
+# Doubt stops growing after this many stale periods: by then failed probes have marked the replica unhealthy.
+MAX_STALE_PERIODS = 8.0
+
+
+class LatencyTable:
+    """EWMA of the round trips observed (paper v2: alpha 0.3), their mean absolute deviation, and their age."""
+
+    def __init__(self, settings: ProbeSettings) -> None:
+        self._settings = settings
+        self._columns = Columns(rtt_ms=math.nan, spread_ms=0.0, at_s=-math.inf)
+        self.grow, self.reset = self._columns.grow, self._columns.reset
+
+    def observe(self, slot: int, rtt_s: float, now_s: float) -> None:
+        """Take in one measured round trip; values that are no duration are ignored."""
+        if not (0.0 <= rtt_s < math.inf):
+            return
+        rtt, spread, at = (self._columns[name] for name in ("rtt_ms", "spread_ms", "at_s"))
+        sample, alpha = rtt_s * 1000.0, self._settings.alpha
+        if math.isnan(rtt[slot]):
+            rtt[slot], spread[slot] = sample, sample / 2  # as TCP starts its own estimate (RFC 6298)
+        else:
+            spread[slot] += alpha * (abs(sample - rtt[slot]) - spread[slot])
+            rtt[slot] += alpha * (sample - rtt[slot])
+        at[slot] = now_s
+
+    def restore(self, slot: int, rtt_ms: float, spread_ms: float, at_s: float) -> None:
+        """Take over a value that another router measured."""
+        self._columns["rtt_ms"][slot] = rtt_ms
+        self._columns["spread_ms"][slot] = spread_ms
+        self._columns["at_s"][slot] = at_s
+
+    def network_ms(self, slots: SlotArray) -> FloatArray:
+        """The round trip to price; the prior where none was ever measured, so never 0 for want of knowledge."""
+        rtt = self._columns["rtt_ms"][slots]
+        return np.where(np.isnan(rtt), self._settings.prior_ms, rtt)
+
+    def doubt_ms(self, slots: SlotArray, now_s: float) -> FloatArray:
+        """What not knowing costs: the prior once more where nothing was measured; growing with age once stale."""
+        rtt = self._columns["rtt_ms"][slots]
+        periods = self.age_s(slots, now_s) / self._settings.stale_after_s
+        if not np.isnan(rtt).any() and not (periods > 1.0).any():
+            return np.zeros(len(rtt))
+        late = np.clip(periods, 0.0, MAX_STALE_PERIODS)
+        stale = np.where(periods > 1.0, (self._columns["spread_ms"][slots] + STALE_GROWTH * rtt) * late, 0.0)
+        return np.where(np.isnan(rtt), self._settings.prior_ms, stale)
+
+    def age_s(self, slots: SlotArray, now_s: float) -> FloatArray:
+        """Seconds since the last sample, inf where there was none, 0 where the clock went backwards."""
+        return np.maximum(now_s - self._columns["at_s"][slots], 0.0)
+
+    def describe(self, slot: int, now_s: float) -> dict[str, float | bool | None]:
+        """One replica's row as plain data."""
+        rtt = float(self._columns["rtt_ms"][slot])
+        if math.isnan(rtt):
+            return {"rtt_ms": None, "spread_ms": None, "age_s": None, "stale": True}
+        age = max(now_s - float(self._columns["at_s"][slot]), 0.0)
+        return {
+            "rtt_ms": rtt,
+            "spread_ms": float(self._columns["spread_ms"][slot]),
+            "age_s": age,
+            "stale": age > self._settings.stale_after_s,
+        }
