@@ -162,9 +162,7 @@ def reuse_share(records: Sequence[TraceRecord]) -> float:
     return reused / tokens
 
 
-def trace_requests(
-    window: TraceWindow, stretch: float, words_per_token: float = 1.0, max_output_tokens: int | None = None
-) -> list[WorkloadRequest]:
+def trace_requests(window: TraceWindow, stretch: float, max_output_tokens: int | None = None) -> list[WorkloadRequest]:
     """The window as requests with text, arriving at the trace's rate slowed down `stretch` times.
 
     Where the window keeps a share of the conversations, time is shortened by that share, so that the rate of arrivals
@@ -177,19 +175,16 @@ def trace_requests(
             (record.at_ms - start_ms) * scale_s,
             record.session,
             min(record.output_tokens, max_output_tokens or record.output_tokens),
-            _messages(record, words_per_token),
+            _messages(record),
         )
         for record in window.records
     ]
 
 
-def _messages(record: TraceRecord, words_per_token: float) -> tuple[Message, ...]:
+def _messages(record: TraceRecord) -> tuple[Message, ...]:
     """Blocks in groups by position, so that prompts with equal blocks have equal messages."""
     sizes = [BLOCK_TOKENS] * (len(record.hash_ids) - 1)
     sizes.append(record.input_tokens - sum(sizes))
-    passages = [
-        Passage(f"block/{identity}", max(1, round(tokens * words_per_token)))
-        for identity, tokens in zip(record.hash_ids, sizes, strict=True)
-    ]
+    passages = [Passage(f"block/{identity}", tokens) for identity, tokens in zip(record.hash_ids, sizes, strict=True)]
     groups = [passages[start : start + _MESSAGE_BLOCKS] for start in range(0, len(passages), _MESSAGE_BLOCKS)]
     return tuple(Message("user", tuple(group)) for group in groups)

@@ -9,22 +9,23 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-# 256 common English words, so that one byte picks one. Each, with the space before it, is a single token in the usual
-# byte-pair vocabularies, which keeps word counts and token counts close.
+# 256 common English words: one byte picks one. Each, with the space before it, is a single token of the embedded
+# tokenizer and of the usual byte-pair vocabularies, so that a word counts as a token.
 WORDS: tuple[str, ...] = tuple(
     """
-    the of and to in is that for it as was with be by on not he his but at are this have from or had an they which
-    one you were all her she there would their we him been has when who will no more if out so up said what its
-    about than into them can only other time new some could these two may first then do any like my now over such
-    our man me even most made after also did many off before must well back through years much where your way down
-    should because long each just state those people too mr how little world good make very year still see own work
-    men day get here old between both life being under three never know same last another while us might great
-    against came take go come since right house use place during without high however small around found part school
-    once general upon water every say hand number night course power point left set fact though early group need
-    head full local order later large force business case given past door white thing city second area best four
-    light word body story side game play half until means family money table rest called room law next big war far
-    church free whole five company road book idea line almost end really today always young turn able face less
-    human field soon across true done want look think find tell ask seem feel try leave call keep let
+    the of and to in is that for it as was with be by on not he but at are this have from or had an they which one
+    you were all she there would their we been has when who will no more if out so up said what its about than into
+    them can only other time new some could these two may first then do any like my now over such our man me even
+    most made after also did many off before must well back through years much where your way down should because
+    long each just state those too how little world good make very year still see own work day get here old between
+    both being under three never know same last another while us might against came take go come since right use
+    place during without high however small around found part once general upon every say hand number power point
+    left set fact though early group need head full local order later large force case given past white thing second
+    area best four word body side half until means family table rest called next big far free whole idea line almost
+    end really always turn able less human field soon across true done want look find tell ask seem try leave call
+    keep let run move write provide include continue change follow stop create read allow add open value name system
+    example result common certain whether public simple single complete either future limit report issue problem
+    answer question
     """.split()  # noqa: SIM905 (256 quoted words would fill a page)
 )
 

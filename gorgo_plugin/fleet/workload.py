@@ -74,19 +74,19 @@ class WorkloadRequest:
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """Sizes and rates of generated conversations; lengths in words, which are about tokens.
+    """Sizes and rates of generated conversations; lengths in words, which are tokens of the embedded tokenizer.
 
-    The defaults give about 80% prefix reuse and, on three engines of 0.09 ms per uncached token, about half of what
-    the three can prefill but half more than what one can.
+    The defaults give about 80% prefix reuse and, on three engines of 0.09 ms per uncached token, two fifths of what
+    the three can prefill, which is a fifth more than one can.
     """
 
-    requests: int = 320
+    requests: int = 360
     """Requests altogether."""
-    rate_per_s: float = 7.0
+    rate_per_s: float = 8.0
     """Poisson arrivals per second."""
-    turns: float = 9.0
+    turns: float = 16.0
     """Mean turns of a conversation (geometric)."""
-    think_s: float = 3.0
+    think_s: float = 2.5
     """Shortest time between two turns of one conversation; replies take about two seconds."""
     apps: int = 4
     """Applications, each with a system prompt that all its users share."""
@@ -96,14 +96,12 @@ class ConversationSettings:
     """Share of conversations that begin with a long document."""
     document_words: tuple[int, int] = (5000, 12000)
     """Shortest and longest document."""
-    question_words: int = 550
+    question_words: int = 600
     """Median words of a question (log-normal)."""
     question_spread: float = 0.8
     """Sigma of the question's log-normal."""
     output_tokens: tuple[int, int] = (30, 120)
     """Fewest and most tokens of an answer; the paper capped its runs at 128."""
-    words_per_token: float = 1.0
-    """Words that the engine's tokenizer makes one token of."""
 
 
 @dataclass
@@ -140,11 +138,10 @@ def conversations(seed: int, settings: ConversationSettings | None = None) -> li
 def _start(name: str, rng: np.random.Generator, settings: ConversationSettings) -> _Conversation:
     app = int(rng.integers(settings.apps))
     conversation = _Conversation(f"user-{name}", int(rng.geometric(1.0 / settings.turns)), 0.0)
-    scale = settings.words_per_token
-    conversation.messages.append(Message("system", (Passage(f"app/{app}", round(settings.system_words * scale)),)))
+    conversation.messages.append(Message("system", (Passage(f"app/{app}", settings.system_words),)))
     if rng.random() < settings.document_share:
         words = int(rng.integers(*settings.document_words))
-        conversation.messages.append(Message("user", (Passage(f"document/{name}", round(words * scale)),)))
+        conversation.messages.append(Message("user", (Passage(f"document/{name}", words),)))
         conversation.messages.append(Message("assistant", (Passage(f"noted/{name}", 8),)))
     return conversation
 
@@ -152,7 +149,7 @@ def _start(name: str, rng: np.random.Generator, settings: ConversationSettings) 
 def _take_turn(
     conversation: _Conversation, at_s: float, rng: np.random.Generator, settings: ConversationSettings
 ) -> WorkloadRequest:
-    words = rng.lognormal(np.log(settings.question_words), settings.question_spread) * settings.words_per_token
+    words = rng.lognormal(np.log(settings.question_words), settings.question_spread)
     key = f"question/{conversation.session}/{len(conversation.messages)}"
     conversation.messages.append(Message("user", (Passage(key, max(5, round(words))),)))
     output_tokens = int(rng.integers(settings.output_tokens[0], settings.output_tokens[1] + 1))
