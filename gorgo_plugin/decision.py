@@ -1,4 +1,4 @@
-"""The plain values a routing decision is made of: what came in (`Prompt`), its price (`Cost`), the outcome (`Decision`)."""
+"""The plain values of routing: what came in (`Prompt`), what it would cost (`Cost`), the outcome (`Decision`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
         raise PromptError("tokens: expected whole numbers from 0 to 2**32 - 1")
     elif array.dtype != np.uint32:
         # `astype` would wrap these silently.
-        if array.dtype.kind == "i" and int(array.min()) < 0 or int(array.max()) > MAX_TOKEN_ID:
+        if (array.dtype.kind == "i" and int(array.min()) < 0) or int(array.max()) > MAX_TOKEN_ID:
             raise PromptError("tokens: expected whole numbers from 0 to 2**32 - 1")
         array = array.astype(np.uint32)
     view = array.view()

@@ -65,7 +65,7 @@ class ModelSettings(_Schema):
 
 
 class WeightSettings(_Schema):
-    """The paper's weights (eq. 3). With terms in milliseconds 1.0 is neutral; `gorgo-paper` reads them in its own units."""
+    """The paper's weights (eq. 3). With terms in milliseconds 1.0 is neutral; `gorgo-paper` has units of its own."""
 
     rtt: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """W_rtt, the price of a millisecond of network."""
@@ -81,7 +81,7 @@ class ProbeSettings(_Schema):
     interval_s: PositiveSeconds = 2.0
     """Seconds between probes of one replica; a probe is one packet pair, so this is cheap."""
     timeout_s: PositiveSeconds = 2.0
-    """A probe without an answer after this long counts as failed; four times the longest round trip between continents."""
+    """A probe without an answer after this long counts as failed; four times the longest usual round trip."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.3
     """EWMA weight of a new sample (paper v2)."""
     stale_after_s: PositiveSeconds = 15.0
@@ -129,7 +129,7 @@ class PrepareSettings(_Schema):
     cache_bytes: Annotated[int, Field(ge=0)] = 64 * 2**20
     """Bytes of tokenized messages kept, over all models."""
     image_tokens: Annotated[int, Field(ge=1, le=65536)] = 576
-    """Tokens an image is counted as; 576 is a 336-pixel image at 14-pixel patches. Engines differ, so such a prompt is not `exact`."""
+    """Tokens an image counts as (576: 336 pixels in patches of 14). Engines differ, so its prompt is not `exact`."""
 
 
 class Settings(_Schema):

@@ -1,4 +1,4 @@
-"""What the router knows of the fleet: round trips, flights, rates, engine gauges, health. All by slot, none with a clock."""
+"""What the router knows of the fleet: round trips, flights, rates, engine gauges, health. None reads a clock."""
 
 from gorgo_plugin.signals.flights import Flight, Flights
 from gorgo_plugin.signals.gauges import EngineGauges, GaugeTable

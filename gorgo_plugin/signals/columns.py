@@ -33,3 +33,18 @@ class Columns:
         """Put the defaults back into one row."""
         for name, array in self._arrays.items():
             array[slot] = self._defaults[name]
+
+
+class Table:
+    """Base of what keeps one row of numbers per replica."""
+
+    def __init__(self, **defaults: float) -> None:
+        self._columns = Columns(**defaults)
+
+    def grow(self, rows: int) -> None:
+        """Lengthen to `rows` rows."""
+        self._columns.grow(rows)
+
+    def reset(self, slot: int) -> None:
+        """Put one row back to its defaults."""
+        self._columns.reset(slot)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gorgo_plugin.prefix import Credit
-from gorgo_plugin.signals.columns import Columns, FloatArray, SlotArray
+from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 
 # How far past its predicted first token a flight must be before the lateness itself is priced: prefill steps are mixed
 # with decodes and a step is coarse, so twice the prediction and this much more is still ordinary.
@@ -49,8 +49,9 @@ class Flight:
     credit: Credit | None
     first_token_s: float | None = None
     in_queue: bool = True
-    learned: bool = False
+    learned: bool = False  # its times have been learned from, or must not be
     usage_seen: bool = False
+    learned_uncached_tokens: float | None = None  # as the engine reported
 
     @property
     def prefill_ends_s(self) -> float:
@@ -58,12 +59,11 @@ class Flight:
         return self.dispatched_s + (self.predicted_ms - self.network_ms / 2) / 1000.0
 
 
-class Flights:
+class Flights(Table):
     """Open flights and what they add up to per replica. A flight is released exactly once, whoever ends it."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Flight] = {}
-        self._columns = Columns(
+        super().__init__(
             queued_tokens=0.0,  # uncached tokens dispatched, no first token yet
             queued_prompt_tokens=0.0,  # the same counted with their cached tokens, as the papers do
             decoding_prompt_tokens=0.0,
@@ -72,10 +72,9 @@ class Flights:
             head_tokens=0.0,  # of the flight at the head of the queue
             head_since_s=math.inf,
         )
+        self._open: dict[int, Flight] = {}
         self._queues: dict[int, dict[int, Flight]] = {}  # slot -> flights in the prefill queue, in order
         self._unstreamed: list[tuple[float, int]] = []  # heap of (predicted prefill end, flight id)
-        self.grow = self._columns.grow
-        self.reset = self._columns.reset
 
     def __len__(self) -> int:
         return len(self._open)
@@ -113,7 +112,6 @@ class Flights:
         """The gateway sent the flight elsewhere: count it there from now on."""
         self._uncount(flight, now_s)
         flight.slot, flight.dispatched_s, flight.in_queue = slot, now_s, True
-        flight.ahead_tokens = float(self._columns["queued_tokens"][slot])
         self._enqueue(flight)
 
     def release_unstreamed(self, now_s: float) -> None:
@@ -148,6 +146,12 @@ class Flights:
         elapsed_ms = np.maximum(now_s - columns["head_since_s"][slots], 0.0) * 1000.0
         late_ms = np.maximum(elapsed_ms - 2.0 * head_ms - LATE_AFTER_MS, 0.0)
         return columns["queued_tokens"][slots] * ms_per_token - np.minimum(elapsed_ms, head_ms) + late_ms
+
+    def ahead_tokens(self, slot: int, ms_per_token: float, now_s: float) -> float:
+        """Uncached tokens that a flight opened now would wait for, less what the head must have had by now."""
+        queued, head = float(self._columns["queued_tokens"][slot]), float(self._columns["head_tokens"][slot])
+        elapsed_ms = max(now_s - float(self._columns["head_since_s"][slot]), 0.0) * 1000.0
+        return max(queued - min(elapsed_ms / ms_per_token, head), 0.0)
 
     def open_per_slot(self) -> dict[int, int]:
         """Open flights counted from the ledger itself, not from the sums."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from gorgo_plugin.signals.columns import Columns, FloatArray, SlotArray
+from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +26,16 @@ class EngineGauges:
     used_tokens: float | None = None
 
 
-class GaugeTable:
+class GaugeTable(Table):
     """The last reading per replica."""
 
     def __init__(self) -> None:
-        self._columns = Columns(running=math.nan, waiting=math.nan, used_tokens=math.nan)
+        super().__init__(running=math.nan, waiting=math.nan, used_tokens=math.nan)
         self._last: dict[int, tuple[float, EngineGauges]] = {}
-        self.grow = self._columns.grow
 
     def reset(self, slot: int) -> None:
         """Forget the reading of one replica."""
-        self._columns.reset(slot)
+        super().reset(slot)
         self._last.pop(slot, None)
 
     def observe(self, slot: int, gauges: EngineGauges, kv_tokens: int, now_s: float) -> None:

@@ -25,6 +25,11 @@ class HealthTable:
         self._rows: dict[int, _Health] = {}
         self._troubled: set[int] = set()  # rows that are not in perfect health; usually none, and then all is fast
 
+    def grow(self, rows: int) -> None:
+        """Let there be a row for each slot below `rows`."""
+        for slot in range(rows):
+            self._rows.setdefault(slot, _Health())
+
     def reset(self, slot: int) -> None:
         """Put one replica back into perfect health."""
         self._rows[slot] = _Health()

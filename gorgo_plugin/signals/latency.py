@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gorgo_plugin.settings import ProbeSettings
-from gorgo_plugin.signals.columns import Columns, FloatArray, SlotArray
+from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 
 # What one stale period adds to the doubt, as a share of the round trip itself, on top of its spread.
 STALE_GROWTH = 0.25
@@ -15,13 +15,12 @@ STALE_GROWTH = 0.25
 MAX_STALE_PERIODS = 8.0
 
 
-class LatencyTable:
+class LatencyTable(Table):
     """EWMA of the round trips observed (paper v2: alpha 0.3), their mean absolute deviation, and their age."""
 
     def __init__(self, settings: ProbeSettings) -> None:
+        super().__init__(rtt_ms=math.nan, spread_ms=0.0, at_s=-math.inf)
         self._settings = settings
-        self._columns = Columns(rtt_ms=math.nan, spread_ms=0.0, at_s=-math.inf)
-        self.grow, self.reset = self._columns.grow, self._columns.reset
 
     def observe(self, slot: int, rtt_s: float, now_s: float) -> None:
         """Take in one measured round trip; values that are no duration are ignored."""

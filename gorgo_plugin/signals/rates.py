@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals.columns import Columns, FloatArray, SlotArray
+from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
 PRIOR_SAMPLES = 2  # what the prior counts against them, at the window's mean length
@@ -22,18 +22,17 @@ MIN_TOKENS = 64  # shorter work says nothing about the slope
 MAX_OVERHEAD_MS = 1000.0  # an intercept above this is a queue that was not seen, not an engine's overhead
 
 
-class RateTable:
+class RateTable(Table):
     """Per replica, for one model: fixed overhead and milliseconds per uncached token."""
 
     def __init__(self, prior: RateSettings) -> None:
+        super().__init__(ms_per_token=prior.ms_per_token, overhead_ms=prior.overhead_ms, samples=0.0)
         self._prior = prior
-        self._columns = Columns(ms_per_token=prior.ms_per_token, overhead_ms=prior.overhead_ms, samples=0.0)
         self._windows: dict[int, deque[tuple[float, float]]] = {}
-        self.grow = self._columns.grow
 
     def reset(self, slot: int) -> None:
         """Back to the prior for one replica."""
-        self._columns.reset(slot)
+        super().reset(slot)
         self._windows.pop(slot, None)
 
     def observe(self, slot: int, work_tokens: float, service_ms: float) -> None:

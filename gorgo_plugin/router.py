@@ -1,0 +1,507 @@
+"""The router: wires prompt, index, signals and policy together, and keeps the books of each flight.
+
+It does no I/O, starts no thread or task, reads no clock but the one it is given and draws no randomness but from the
+generator it is given. All methods are thread-safe: one lock covers deciding and observing, for microseconds;
+tokenization and hashing happen outside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from cachetools import LRUCache, TTLCache
+from numpy.typing import NDArray
+
+from gorgo_plugin.costs import CostTable
+from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.errors import NoCandidates
+from gorgo_plugin.models import ModelState
+from gorgo_plugin.policies import POLICIES, View
+from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
+from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.replicas import Replicas
+from gorgo_plugin.settings import ReplicaSettings, Settings
+from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
+from gorgo_plugin.signals.columns import SlotArray
+
+# Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
+# refuses for its own sake (`invalid`) does not.
+FAULTS = frozenset({"unreached", "rejected", "timeout"})
+FAILURE_KINDS = FAULTS | {"disconnect", "invalid"}
+LATE_USAGE_S = 30.0  # usage may follow the release: from a log event, or a last chunk after the stream closed
+MAX_RECENT_FLIGHTS = 4096
+MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
+MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
+SWEEP_EVERY_S = 5.0
+
+
+class Router:
+    """Decides which replica gets a request, and learns from what becomes of it.
+
+    Args:
+        settings: the validated configuration.
+        clock: () -> seconds, monotonic.
+        state: a `snapshot()` of another router, whose round trips, rates and token scales are taken over.
+        rng: breaks near-ties; seeded with `settings.seed` when not given.
+        secret: keys the hashes of blocks and messages. Derived from the seed when not given: a gateway passes its own.
+
+    Raises:
+        SettingsError: a tokenizer or chat template of the settings cannot be read.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        state: Mapping[str, Any] | None = None,
+        rng: random.Random | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._rng = rng if rng is not None else random.Random(settings.seed)
+        self._secret = secret if secret is not None else f"seed {settings.seed}".encode()
+        self.builder = PromptBuilder(settings, secret=self._secret)
+        self._lock = threading.RLock()
+        self._policy = POLICIES[settings.policy]
+        self._weights = settings.weight_pair()
+        self._latency = LatencyTable(settings.probe)
+        self._flights = Flights()
+        self._gauges = GaugeTable()
+        self._health = HealthTable(settings.health)
+        self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
+        self._models: LRUCache[str, ModelState] = LRUCache(MAX_MODELS)
+        self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
+        self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
+        self._flight_ids = itertools.count(1)
+        self._swept_s = clock()
+        self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
+        self.set_replicas(settings.replicas)
+        if state is not None:
+            self._restore(state)
+
+    # Deciding
+
+    def prepare(self, body: bytes | Mapping[str, Any], endpoint: str, model: str | None = None) -> Prompt:
+        """Turn a request body into a `Prompt`. Slow on unseen text (milliseconds per 1,000 tokens), thread-safe.
+
+        Raises:
+            PromptError: the body is not JSON, holds no prompt, or a field has the wrong shape.
+        """
+        return self.builder.prepare(body, endpoint, model)
+
+    def route(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str] | None = None,
+        exclude: Iterable[str] = (),
+        request_id: str | None = None,
+    ) -> Decision:
+        """Choose a replica and open a flight there.
+
+        Args:
+            prompt: what to route.
+            candidates: names that may serve it; none given: all that serve its model. Unknown names are left out.
+            exclude: names that must not.
+            request_id: the same over the attempts of one request. Replicas it tried come last, and an attempt of it
+                that is still open is released. None: a new request.
+
+        Raises:
+            NoCandidates: nobody is left to serve it.
+        """
+        model = self._model(prompt.model)
+        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        with self._lock:
+            now = self._clock()
+            self._sweep_when_due(now)
+            attempts = self._attempts.get(request_id, []) if request_id is not None else []
+            if attempts:
+                self._release(attempts[-1][0], now, answered=False)
+            slots = self._candidates(prompt, candidates, exclude)
+            view = self._view(prompt, model, hashes, slots, now, self._rng)
+            tiers = self._tiers(slots, {slot for _, slot in attempts}, now)
+            choice = pick(self._policy, view, tiers, self._rng)
+            flight_id = next(self._flight_ids)
+            request = request_id if request_id is not None else f"flight-{flight_id}"
+            self._open(flight_id, request, prompt, model, hashes, int(slots[choice.row]), view, choice.row, now)
+            if request_id is not None:
+                self._attempts[request_id] = [*attempts, (flight_id, int(slots[choice.row]))]
+            self._counters["routed"] += 1
+            return self._decision(request, flight_id, slots, view, choice)
+
+    def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
+        """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
+
+        Raises:
+            NoCandidates: nobody may serve it.
+        """
+        model = self._model(prompt.model)
+        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        with self._lock:
+            now = self._clock()
+            slots = self._candidates(prompt, candidates, exclude)
+            rng = random.Random()
+            rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
+            view = self._view(prompt, model, hashes, slots, now, rng)
+            choice = pick(self._policy, view, self._tiers(slots, set(), now), rng)
+            return self._decision("", 0, slots, view, choice)
+
+    # What became of a flight
+
+    def first_token(self, flight_id: int, at_s: float | None = None) -> None:
+        """The first token of a streamed answer was seen, at `at_s` of the router's clock (now, when not given)."""
+        with self._lock:
+            flight = self._known(flight_id)
+            if flight is None or flight.first_token_s is not None:
+                return
+            now = self._clock() if at_s is None else at_s
+            flight.first_token_s = now
+            self._flights.prefilled(flight, now)
+            self._health.answered(flight.slot)
+
+    def usage(
+        self,
+        flight_id: int,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+    ) -> None:
+        """What the engine says it counted; once per flight, also shortly after its release.
+
+        Corrects the index where the engine had less than believed, and the token scale of inexact prompts.
+        """
+        del output_tokens  # part of the API for adapters; nothing learns from it yet
+        with self._lock:
+            flight = self._flights.get(flight_id) or self._recent.get(flight_id)
+            if flight is None or flight.usage_seen:
+                self._counters["unknown_flights"] += flight is None
+                return
+            if not prompt_tokens or prompt_tokens < 0:
+                return  # engines and gateways report 0 when they do not know
+            flight.usage_seen = True
+            model = self._model(flight.model)
+            if not flight.exact:
+                model.learn_scale(flight.own_tokens, prompt_tokens)
+            if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
+                return
+            if flight.credit is not None:
+                scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
+                model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
+            flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
+
+    def finish(self, flight_id: int) -> None:
+        """The answer is complete: release the flight and learn from it."""
+        with self._lock:
+            self._release(flight_id, self._clock(), answered=True)
+
+    def fail(self, flight_id: int, kind: str) -> None:
+        """The attempt ended without a complete answer.
+
+        Args:
+            flight_id: of the attempt.
+            kind: `unreached` (no connection), `rejected` (the engine answered with an error), `timeout`, `disconnect`
+                (the client left) or `invalid` (the request itself was refused). Without a first token the credit is
+                taken back; the first three also speak against the replica.
+
+        Raises:
+            ValueError: an unknown kind.
+        """
+        if kind not in FAILURE_KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(sorted(FAILURE_KINDS))}, got {kind!r}")
+        with self._lock:
+            now = self._clock()
+            flight = self._release(flight_id, now, answered=False)
+            if flight is None:
+                return
+            if kind in FAULTS:
+                self._health.failed(flight.slot, flight.dispatched_s, now)
+            elif kind == "invalid":
+                self._health.answered(flight.slot)
+
+    def moved(self, flight_id: int, replica: str) -> None:
+        """The gateway itself sent the flight to another replica: credit and load follow it there."""
+        with self._lock:
+            flight, slot = self._known(flight_id), self._replicas.slot(replica)
+            if flight is None or slot is None or slot == flight.slot:
+                return
+            model = self._model(flight.model)
+            if flight.credit is not None:
+                model.index.revoke(flight.credit)
+            self._flights.move(flight, slot, self._clock())
+            flight.credit = model.index.credit(slot, flight.hashes)
+            flight.learned = True  # its times span two replicas
+
+    # What is known of the replicas
+
+    def observe_rtt(self, name: str, rtt_s: float) -> None:
+        """One measured round trip, in seconds."""
+        with self._lock:
+            slot = self._replicas.slot(name)
+            if slot is not None:
+                self._latency.observe(slot, rtt_s, self._clock())
+
+    def observe_gauges(self, name: str, gauges: EngineGauges) -> None:
+        """One reading of an engine's own gauges."""
+        with self._lock:
+            slot = self._replicas.slot(name)
+            if slot is not None:
+                self._gauges.observe(slot, gauges, self._replicas[slot].kv_tokens, self._clock())
+
+    def set_health(self, name: str, ok: bool) -> None:
+        """A probe's verdict on a replica. Unhealthy ones are chosen only when nobody else is left."""
+        with self._lock:
+            slot = self._replicas.slot(name)
+            if slot is not None:
+                self._health.probed(slot, ok)
+
+    def forget(self, name: str) -> None:
+        """The replica was restarted: what it had cached is gone."""
+        with self._lock:
+            slot = self._replicas.slot(name)
+            if slot is not None:
+                self._counters["forgotten_caches"] += 1
+                for model in self._models.values():
+                    model.index.forget(slot)
+
+    def set_replicas(self, replicas: Sequence[ReplicaSettings]) -> None:
+        """Replace the fleet. A replica whose name and url stay keeps its state; open flights end normally."""
+        with self._lock:
+            removed = self._replicas.replace(replicas, set(self._flights.open_per_slot()))
+            for model in self._models.values():
+                for slot in removed:
+                    model.remove(slot)
+                self._size_index(model)
+            self.settings = self.settings.model_copy(update={"replicas": list(replicas)})
+
+    def sweep(self) -> int:
+        """Release flights older than `flight_ttl_s`, whoever lost sight of them; returns how many."""
+        with self._lock:
+            now = self._clock()
+            self._swept_s = now
+            lost = self._flights.opened_before(now - self.settings.flight_ttl_s)
+            for flight_id in lost:
+                self._release(flight_id, now, answered=False)
+            self._counters["swept_flights"] += len(lost)
+            return len(lost)
+
+    def snapshot(self) -> dict[str, Any]:
+        """State as plain data: per replica round trip, health, flights, gauges, rates and index; weights; counters."""
+        with self._lock:
+            now = self._clock()
+            self._flights.release_unstreamed(now)
+            return {
+                "version": 1,
+                "policy": self._policy.name,
+                "weights": {"rtt": self._weights[0], "queue": self._weights[1]},
+                "replicas": {self._replicas[slot].name: self._describe(slot, now) for slot in self._replicas.slots},
+                "models": {name: {"token_scale": model.scale} for name, model in self._models.items()},
+                "flights": self._flights_by_name(),
+                "counters": dict(self._counters),
+            }
+
+    # The steps of a decision; the lock is held
+
+    def _model(self, name: str) -> ModelState:
+        with self._lock:
+            model = self._models.get(name)
+            if model is None:
+                if len(self._models) >= MAX_MODELS:
+                    self._replicas.drop_table(self._models.popitem()[1])
+                block_tokens = self.settings.model_settings(name).block_tokens or self.settings.block_tokens
+                model = ModelState(block_tokens, self._secret, self.settings.rates)
+                self._replicas.add_table(model)
+                self._size_index(model)
+                self._models[name] = model
+            return model
+
+    def _size_index(self, model: ModelState) -> None:
+        for slot in self._replicas.slots:
+            model.set_capacity(slot, self._replicas[slot].kv_tokens)
+
+    def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> SlotArray:
+        excluded = {self._replicas.slot(name) for name in exclude}
+        if candidates is None:
+            slots = self._replicas.serving(prompt.model)
+        else:
+            known = [slot for name in candidates if (slot := self._replicas.slot(name)) is not None]
+            slots = np.array(known, dtype=np.intp)
+        if excluded:
+            slots = slots[[slot not in excluded for slot in slots.tolist()]]
+        if not len(slots):
+            raise NoCandidates(f"no replica may serve model '{prompt.model}': none is configured, or all are excluded")
+        return slots
+
+    def _view(
+        self, prompt: Prompt, model: ModelState, hashes: bytes, slots: SlotArray, now: float, rng: random.Random
+    ) -> View:
+        flights, latency = self._flights, self._latency
+        flights.release_unstreamed(now)
+        scale = 1.0 if prompt.exact else model.scale
+        tokens = len(prompt.tokens) * scale
+        held = model.index.match(hashes)
+        cached = np.array(
+            [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
+        )
+        ms_per_token = model.rates.ms_per_token(slots)
+        return View(
+            names=[self._replicas[slot].name for slot in slots.tolist()],
+            network_ms=latency.network_ms(slots),
+            doubt_ms=latency.doubt_ms(slots, now),
+            queue_ms=flights.backlog_ms(slots, ms_per_token, now),
+            prefill_ms=model.rates.overhead_ms(slots) + ms_per_token * (tokens - cached),
+            cached_tokens=cached,
+            uncached_tokens=tokens - cached,
+            prompt_tokens=tokens,
+            waiting=flights.column("waiting", slots),
+            decoding=flights.column("decoding", slots),
+            queued_prompt_tokens=flights.column("queued_prompt_tokens", slots),
+            decoding_prompt_tokens=flights.column("decoding_prompt_tokens", slots),
+            gauge=lambda name: self._gauges.column(name, slots),
+            affinity=lambda: _affinity(prompt),
+            weights=self._weights,
+            rng=rng,
+        )
+
+    def _tiers(self, slots: SlotArray, tried: set[int], now: float) -> NDArray[np.intp]:
+        tiers = np.zeros(len(slots), dtype=np.intp)
+        unhealthy = self._health.unavailable(now)
+        if tried or unhealthy:
+            for row, slot in enumerate(slots.tolist()):
+                tiers[row] = TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy)
+        return tiers
+
+    def _open(
+        self,
+        flight_id: int,
+        request_id: str,
+        prompt: Prompt,
+        model: ModelState,
+        hashes: bytes,
+        slot: int,
+        view: View,
+        row: int,
+        now: float,
+    ) -> None:
+        ms_per_token = float(model.rates.ms_per_token(np.array([slot]))[0])
+        network_ms = float(view.network_ms[row])
+        flight = Flight(
+            flight_id=flight_id,
+            request_id=request_id,
+            slot=slot,
+            model=prompt.model,
+            stream=prompt.stream,
+            exact=prompt.exact,
+            dispatched_s=now,
+            prompt_tokens=view.prompt_tokens,
+            own_tokens=len(prompt.tokens),
+            cached_tokens=float(view.cached_tokens[row]),
+            uncached_tokens=float(view.uncached_tokens[row]),
+            ahead_tokens=self._flights.ahead_tokens(slot, ms_per_token, now),
+            network_ms=network_ms,
+            predicted_ms=network_ms + float(view.queue_ms[row] + view.prefill_ms[row]),
+            hashes=hashes,
+            credit=model.index.credit(slot, hashes),
+        )
+        self._flights.open(flight)
+        self._health.dispatched(slot, flight_id, now)
+
+    def _decision(self, request: str, flight_id: int, slots: SlotArray, view: View, choice: Choice) -> Decision:
+        chosen = self._replicas[int(slots[choice.row])]
+        ranked = [view.names[row] for row in choice.ranked]
+        costs = CostTable(view, choice.scores)
+        return Decision(request, flight_id, chosen.name, chosen.region, choice.reason, ranked, costs)
+
+    # The end of a flight; the lock is held
+
+    def _known(self, flight_id: int) -> Flight | None:
+        flight = self._flights.get(flight_id)
+        if flight is None and flight_id not in self._recent:
+            self._counters["unknown_flights"] += 1
+        return flight
+
+    def _release(self, flight_id: int, now: float, answered: bool) -> Flight | None:
+        if self._known(flight_id) is None:
+            return None
+        flight = self._flights.close(flight_id, now)
+        assert flight is not None
+        self._recent[flight_id] = flight
+        self._health.ended(flight.slot, flight_id)
+        if answered:
+            self._health.answered(flight.slot)
+            self._learn(flight)
+        elif flight.first_token_s is None and flight.credit is not None:
+            self._model(flight.model).index.revoke(flight.credit)
+        return flight
+
+    def _learn(self, flight: Flight) -> None:
+        """Rates, from streamed answers only: of the others the first token was not seen."""
+        if flight.learned or flight.first_token_s is None or self._replicas.name(flight.slot) is None:
+            return
+        flight.learned = True
+        own = flight.learned_uncached_tokens
+        work = flight.ahead_tokens + (flight.uncached_tokens if own is None else own)
+        service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
+        self._model(flight.model).rates.observe(flight.slot, work, service_ms)
+
+    def _sweep_when_due(self, now: float) -> None:
+        if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
+            self.sweep()
+
+    # State as plain data; the lock is held
+
+    def _flights_by_name(self) -> dict[str, int]:
+        counts = {self._replicas[slot].name: 0 for slot in self._replicas.slots}
+        for slot, count in self._flights.open_per_slot().items():
+            name = self._replicas.name(slot)
+            if name is not None:
+                counts[name] += count
+        return counts
+
+    def _describe(self, slot: int, now: float) -> dict[str, Any]:
+        replica, one = self._replicas[slot], np.array([slot])
+        return {
+            "region": replica.region,
+            "kv_tokens": replica.kv_tokens,
+            "latency": self._latency.describe(slot, now),
+            "health": self._health.describe(slot, now),
+            "load": {
+                "waiting": int(self._flights.column("waiting", one)[0]),
+                "decoding": int(self._flights.column("decoding", one)[0]),
+                "queued_tokens": float(self._flights.column("queued_tokens", one)[0]),
+            },
+            "gauges": self._gauges.describe(slot, now),
+            "models": {
+                name: {
+                    **model.rates.describe(slot),
+                    "index_tokens": round(model.index.held_blocks(slot) * model.block_tokens * model.scale),
+                }
+                for name, model in self._models.items()
+            },
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        now = self._clock()
+        for name, known in state.get("models", {}).items():
+            self._model(name).restore_scale(float(known["token_scale"]))
+        for name, known in state.get("replicas", {}).items():
+            slot = self._replicas.slot(name)
+            if slot is None:
+                continue
+            latency = known["latency"]
+            if latency["rtt_ms"] is not None:
+                self._latency.restore(slot, latency["rtt_ms"], latency["spread_ms"], now - latency["age_s"])
+            for model, rates in known["models"].items():
+                self._model(model).rates.restore(slot, rates["ms_per_token"], rates["overhead_ms"], rates["samples"])
+
+
+def _affinity(prompt: Prompt) -> bytes:
+    """What stays the same over a session: its key, else the first 256 tokens (paper v2's simple session affinity)."""
+    if prompt.affinity_key is not None:
+        return prompt.affinity_key.encode("utf-8", "surrogatepass")
+    return prompt.tokens[:256].tobytes()
