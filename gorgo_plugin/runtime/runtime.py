@@ -1,0 +1,251 @@
+"""The Router in a live gateway, shared by the adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+from gorgo_plugin.decision import Prompt
+from gorgo_plugin.errors import PromptError, SettingsError
+from gorgo_plugin.policies import POLICIES
+from gorgo_plugin.router import Router
+from gorgo_plugin.runtime import scraper, status
+from gorgo_plugin.runtime.background import Background, Job
+from gorgo_plugin.runtime.hub import with_local_tokenizers
+from gorgo_plugin.runtime.metrics import Metrics, Reading
+from gorgo_plugin.runtime.probes import ProbeJob, Watch
+from gorgo_plugin.runtime.scraper import ScrapeJob
+from gorgo_plugin.settings import Settings
+
+Body = bytes | Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+
+# Characters of a body that are read on the event loop; reading a longer one, not only tokenizing it, goes to a thread.
+PLAN_INLINE_CHARS = 256 * 1024
+STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
+SWEEPS_PER_TTL = 10  # a lost flight is released at most a tenth of its time to live late
+
+
+class Runtime:
+    """A Router with what keeps it informed: probes, scrapes, metrics, and threads that prepare long prompts.
+
+    Attributes:
+        router: decides; its methods are thread-safe and take microseconds. A reload may replace it: end a flight at
+            the router that opened it.
+        settings: in force, as they were given (hub names unresolved).
+        metrics: counts what the adapter reports.
+        gateway: name of the host, for status.
+        active, active_reason: whether the plugin is in effect, and why or why not.
+        settings_error: why the last reload was refused; None when it was not.
+    """
+
+    def __init__(self, settings: Settings, *, gateway: str = "litellm") -> None:
+        """Build the router.
+
+        Raises:
+            SettingsError: a setting cannot be used, or a tokenizer is out of reach.
+        """
+        self._secret = secrets.token_bytes(32)
+        self.router = Router(with_local_tokenizers(settings), secret=self._secret)
+        self.settings = settings
+        self.gateway = gateway
+        self.metrics = Metrics(settings)
+        self.active, self.active_reason = settings.mode != "off", f"mode is {settings.mode}"
+        self.settings_error: str | None = None
+        self.started_s = time.monotonic()
+        self._jobs: dict[Hashable, ProbeJob | ScrapeJob] = {}
+        self._executor: ThreadPoolExecutor | None = None
+        self._stopped = False
+        self._background = Background(f"gorgo-{gateway}")
+        # A gateway that drops its router without stopping it leaves no thread behind: nothing below holds this object.
+        weakref.finalize(self, self._background.request_stop)
+        self._watch_replicas()
+        self.metrics.read_from(functools.partial(_readings, weakref.ref(self)))
+
+    def ensure_started(self) -> None:
+        """Start the background jobs unless they run; cheap enough for every request, from any thread or loop."""
+        if not self._background.running and self.settings.mode != "off":
+            self._background.ensure_started()
+
+    async def stop(self) -> None:
+        """End the background jobs, their connections and the threads. The runtime does not start again."""
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """`stop` for callers without an event loop."""
+        self._stopped = True
+        self._background.request_stop()
+        self.metrics.close()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        if not self._background.join(STOP_TIMEOUT_S):
+            _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
+
+    async def prepare(self, body: Body, endpoint: str, model: str | None = None) -> Prompt:
+        """Turn a request body into a prompt; long work is done in a thread, so that the event loop is not held.
+
+        Raises:
+            PromptError: the body holds no prompt.
+        """
+        started = time.perf_counter()
+        where: Literal["inline", "executor"] = "inline"
+        try:
+            if longer_than(body, PLAN_INLINE_CHARS):
+                where = "executor"
+                prompt = await self._in_thread(functools.partial(self.router.prepare, body, endpoint, model))
+            else:
+                plan = self.router.builder.plan(body, endpoint, model)
+                if plan.cold_chars <= self.settings.prepare.inline_chars:
+                    prompt = plan.finish()
+                else:
+                    where = "executor"
+                    prompt = await self._in_thread(plan.finish)
+        except PromptError:
+            self.metrics.prompt_error(model or "")
+            raise
+        self.metrics.prepared(time.perf_counter() - started, where)
+        return prompt
+
+    def prepare_sync(self, body: Body, endpoint: str, model: str | None = None) -> Prompt:
+        """Turn a request body into a prompt, here and now.
+
+        Raises:
+            PromptError: the body holds no prompt.
+        """
+        started = time.perf_counter()
+        try:
+            prompt = self.router.prepare(body, endpoint, model)
+        except PromptError:
+            self.metrics.prompt_error(model or "")
+            raise
+        self.metrics.prepared(time.perf_counter() - started, "inline")
+        return prompt
+
+    def reload(self, settings: Settings) -> None:
+        """Put new settings into force; where only the fleet changed, the replicas that stay keep all their state.
+
+        May take as long as a tokenizer takes to load, so call it from a thread where an event loop must go on.
+
+        Raises:
+            SettingsError: they cannot be used; the last good ones stay in force and `settings_error` says why.
+        """
+        try:
+            local = with_local_tokenizers(settings)
+            router = self.router
+            if _decides_by(settings) != _decides_by(self.settings):
+                router = Router(local, state=self.router.snapshot(), secret=self._secret)
+        except SettingsError as error:
+            self.refuse(str(error))
+            raise
+        if router is self.router:
+            router.set_replicas(settings.replicas)
+        outgrown = self._executor if settings.prepare.threads != self.settings.prepare.threads else None
+        self.router, self.settings, self.settings_error = router, settings, None
+        self.metrics.set_settings(settings)
+        self._watch_replicas()
+        if outgrown is not None:
+            self._executor = None
+            outgrown.shutdown(wait=False)  # prompts under way are finished
+
+    def refuse(self, reason: str) -> None:
+        """Remember that new settings were refused before they got here, for status and metrics."""
+        self.settings_error = reason
+        self.metrics.settings_refused()
+        _log.error("gorgo: new settings refused, the last good ones stay: %s", reason)
+
+    def set_active(self, active: bool, reason: str) -> None:
+        """Say whether the plugin is in effect, and why or why not; for status and metrics."""
+        self.active, self.active_reason = active, reason
+
+    def status(self) -> dict[str, Any]:
+        """The state as JSON-able data: no prompts, no keys, no userinfo of URLs."""
+        return status.status(self)
+
+    def watches(self, replica: str) -> Iterator[tuple[str, Watch]]:
+        """("probe" | "scrape", what became of it) for one replica."""
+        for job in self._jobs.values():
+            if job.replica.name == replica:
+                yield "probe" if isinstance(job, ProbeJob) else "scrape", job.watch
+
+    async def _in_thread(self, work: Callable[[], Prompt]) -> Prompt:
+        if self._stopped:
+            return work()
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.settings.prepare.threads, thread_name_prefix="gorgo-prepare")
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def _watch_replicas(self) -> None:
+        """Probe and scrape exactly the replicas of the settings; those that stay as they are keep their jobs."""
+        settings, router, metrics = self.settings, self.router, self.metrics
+        interval_s = scraper.interval_s(settings.metrics, POLICIES[settings.policy].reads_gauges)
+        jobs: dict[Hashable, ProbeJob | ScrapeJob] = {}
+        for replica in settings.replicas:
+            key: Hashable = ("probe", replica.name, replica.url, settings.probe)
+            jobs[key] = self._jobs.get(key) or ProbeJob(replica, settings.probe, router, metrics.probe_failed)
+            if settings.metrics.path is not None:
+                key = ("scrape", replica.name, replica.url, settings.metrics, interval_s)
+                jobs[key] = self._jobs.get(key) or ScrapeJob(
+                    replica, settings.metrics, interval_s, router, metrics.scrape_failed
+                )
+        for job in jobs.values():
+            job.router = router
+        self._jobs = jobs
+        wanted: dict[Hashable, Job] = {key: job.run for key, job in jobs.items()}
+        pause_s = settings.flight_ttl_s / SWEEPS_PER_TTL
+        wanted["sweep", id(router), pause_s] = functools.partial(_sweep, router, pause_s)
+        self._background.want(wanted)
+
+
+def longer_than(body: Body, limit_chars: int) -> bool:
+    """Whether the strings and lists of a body add up to more than `limit_chars`, found without reading further."""
+    if not isinstance(body, Mapping):
+        return len(body) > limit_chars
+    left, stack = limit_chars, [body]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str | bytes):
+            left -= len(value)
+        elif isinstance(value, Mapping):
+            stack.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left -= len(value)
+            if value and not isinstance(value[0], int):  # token ids: as many numbers as the list is long
+                stack.extend(value)
+        if left < 0:
+            return True
+    return False
+
+
+def _decides_by(settings: Settings) -> dict[str, Any]:
+    """The settings that a Router is built from, but for its replicas."""
+    return settings.model_dump(
+        exclude={
+            "mode": True,
+            "replicas": True,
+            "metrics": True,
+            "response_headers": True,
+            "probe": {"path", "interval_s", "timeout_s"},
+            "prepare": {"inline_chars", "threads"},
+        }
+    )
+
+
+async def _sweep(router: Router, pause_s: float) -> None:
+    """Release lost flights also while no request comes; the router itself looks only when it routes."""
+    while True:
+        await asyncio.sleep(pause_s)
+        if lost := router.sweep():
+            _log.warning("gorgo: released %d flights that nothing had ended", lost)
+
+
+def _readings(runtime: weakref.ref[Runtime]) -> Iterable[Reading]:
+    alive = runtime()
+    return () if alive is None else status.readings(alive)
