@@ -1,0 +1,212 @@
+"""Request body to `Prompt`: read, render, cut, look up what is known, tokenize the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from gorgo_plugin.decision import Prompt, token_array
+from gorgo_plugin.errors import GorgoError, PromptError, SettingsError
+from gorgo_plugin.prompt.bodies import RawPrompts, Request, read_request
+from gorgo_plugin.prompt.cache import SegmentCache
+from gorgo_plugin.prompt.conversation import Conversation, Media
+from gorgo_plugin.prompt.model import PromptModel
+from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
+from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, cut_text, read_only
+from gorgo_plugin.settings import ModelSettings, Settings
+
+KEY_BYTES = 16  # two of 2**64 texts would share a key by chance
+SECRET_BYTES = 64  # longest key blake2b takes
+PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary reaches so far
+
+EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
+
+Piece = bytes | Ids  # UTF-8 text still to be looked up, or the ids of what is no text
+
+
+class Plan:
+    """A prompt half prepared: what was seen before is looked up, the rest waits to be tokenized.
+
+    Attributes:
+        cold_chars: characters `finish` has to tokenize; 0: all were seen.
+    """
+
+    __slots__ = ("_finish", "cold_chars")
+
+    def __init__(self, cold_chars: int, finish: Callable[[], Prompt]) -> None:
+        self.cold_chars = cold_chars
+        self._finish = finish
+
+    def finish(self) -> Prompt:
+        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes."""
+        return self._finish()
+
+
+class PromptBuilder:
+    """Turns request bodies into prompts, each model with its tokenizer and chat template. Thread-safe."""
+
+    def __init__(self, settings: Settings, *, secret: bytes, now: Callable[[], datetime] = datetime.now) -> None:
+        """Load every tokenizer and template the settings name.
+
+        `secret` keys the hashes under which tokenized text is remembered; `now` serves templates that print the date.
+
+        Raises:
+            SettingsError: one of them cannot be read; names the setting.
+        """
+        self._secret = secret if len(secret) <= SECRET_BYTES else blake2b(secret).digest()
+        self._image_tokens = settings.prepare.image_tokens
+        self._cache = SegmentCache(settings.prepare.cache_bytes)
+        self._now = now
+        loaded: dict[str | None, tuple[Vocabulary, TokenizerSource]] = {}
+        self._default = self._load("", settings.model_settings(""), ModelSettings(), loaded)
+        self._models = {
+            name: self._load(name, settings.model_settings(name), own, loaded) for name, own in settings.models.items()
+        }
+
+    def _load(
+        self,
+        name: str,
+        wanted: ModelSettings,
+        own: ModelSettings,
+        loaded: dict[str | None, tuple[Vocabulary, TokenizerSource]],
+    ) -> PromptModel:
+        prefix = f"models.{name}." if name else ""
+        tokenizer_field = f"{prefix if own.tokenizer is not None else ''}tokenizer"
+        template_field = f"{prefix if own.chat_template is not None else ''}chat_template"
+        if wanted.tokenizer not in loaded:
+            source = read_tokenizer(wanted.tokenizer, tokenizer_field) if wanted.tokenizer else embedded_tokenizer()
+            loaded[wanted.tokenizer] = Vocabulary(source.tokenizer, source.name, number=len(loaded)), source
+        vocabulary, source = loaded[wanted.tokenizer]
+        template = read_template(wanted.chat_template, template_field) if wanted.chat_template else None
+        try:
+            return PromptModel(name, vocabulary, source, template, self._now)
+        except SettingsError as error:
+            field = template_field if template is not None else f"{tokenizer_field}: the chat template of its folder"
+            raise SettingsError(f"{field}: {error}") from None
+
+    def prepare(self, body: bytes | Mapping[str, Any], endpoint: str, model: str | None = None) -> Prompt:
+        """Turn a body into a prompt.
+
+        Raises:
+            PromptError: as `plan` does.
+        """
+        return self.plan(body, endpoint, model).finish()
+
+    def plan(self, body: bytes | Mapping[str, Any], endpoint: str, model: str | None = None) -> Plan:
+        """Read and render a body and look up what of it was tokenized before: everything but the tokenizing.
+
+        Raises:
+            PromptError: the endpoint holds no prompt, or the body none that can be read; names the field.
+        """
+        try:
+            request = read_request(body, endpoint)
+            return self._plan(request, request.model if model is None else model)
+        except GorgoError:
+            raise
+        except Exception as error:  # a mapping may hold objects of any behaviour
+            raise PromptError(f"body: cannot be read as a prompt ({type(error).__name__})") from error
+
+    def _plan(self, request: Request, name: str) -> Plan:
+        model = self._models.get(name, self._default)
+        if isinstance(request.content, Conversation):
+            pieces, exact = self._conversation_pieces(model, request.content)
+        else:
+            pieces, exact = self._raw_pieces(model, request.content)
+        build = partial(
+            Prompt,
+            model=name,
+            stream=request.stream,
+            max_output_tokens=request.max_output_tokens,
+            affinity_key=request.affinity_key,
+            # Hashed: a salt is a secret between a tenant and its engine.
+            cache_key=self._digest("\0".join(request.salts).encode(), b"salt").hex() if request.salts else "",
+            exact=exact,
+        )
+        return self._looked_up(model.vocabulary, pieces, build)
+
+    def _looked_up(self, vocabulary: Vocabulary, pieces: list[Piece], build: Callable[[Ids], Prompt]) -> Plan:
+        texts = [piece for piece in pieces if isinstance(piece, bytes)]
+        keys = [self._digest(text, vocabulary.label) for text in texts]
+        found = self._cache.get_many(keys)
+        cold = {key: text.decode() for key, text, ids in zip(keys, texts, found, strict=True) if ids is None}
+
+        def finish() -> Prompt:
+            fresh = dict(zip(cold, vocabulary.encode(list(cold.values())), strict=True)) if cold else {}
+            self._cache.put_many(fresh.items())
+            known = (fresh[key] if ids is None else ids for key, ids in zip(keys, found, strict=True))
+            return build(_joined([next(known) if isinstance(piece, bytes) else piece for piece in pieces]))
+
+        return Plan(sum(map(len, cold.values())), finish)
+
+    def _conversation_pieces(self, model: PromptModel, conversation: Conversation) -> tuple[list[Piece], bool]:
+        media: dict[bytes, Ids] = {}
+
+        def mark(medium: Media) -> str:
+            digest = self._digest(medium.payload.encode("utf-8", "surrogatepass"), b"media")
+            marker = f"\ue000{digest.hex()}\ue001"  # keyed, so that no text can imitate it
+            media[marker.encode()] = pseudo_tokens(digest, self._image_tokens)
+            return marker
+
+        text, faithful = model.render(conversation, mark)
+        data, valid = utf8(text)
+        pieces: list[Piece] = [media.get(piece, piece) for piece in cut_text(data, model.cut_bytes, tuple(media))]
+        if conversation.add_special_tokens:
+            before, after = model.vocabulary.affixes
+            pieces = [before, *pieces, after]
+        return pieces, model.exact and faithful and valid and conversation.exact and not media
+
+    def _raw_pieces(self, model: PromptModel, prompts: RawPrompts) -> tuple[list[Piece], bool]:
+        pieces: list[Piece] = []
+        exact = True
+        for item in prompts.items:
+            if not isinstance(item, str):
+                pieces.append(_token_ids(item, prompts.field))
+                continue
+            data, valid = utf8(item)
+            before, after = model.vocabulary.affixes if prompts.add_special_tokens else (EMPTY, EMPTY)
+            pieces += [before, *cut_text(data, model.cut_bytes), after]
+            exact = exact and valid and model.exact
+        return pieces, exact
+
+    def _digest(self, data: bytes, kind: bytes) -> bytes:
+        return blake2b(data, digest_size=KEY_BYTES, key=self._secret, person=kind).digest()
+
+    def describe(self, model: str | None = None) -> dict[str, Any]:
+        """What prepares a model's prompts; without a model: every configured one ("" is the default) and the cache."""
+        if model is not None:
+            return self._models.get(model, self._default).describe()
+        models = {name: entry.describe() for name, entry in {"": self._default, **self._models}.items()}
+        return {"models": models, "cache": {"segments": len(self._cache), "bytes": self._cache.used_bytes}}
+
+
+def pseudo_tokens(digest: bytes, count: int) -> Ids:
+    """Ids that stand for a medium, shape (count,): equal for equal digests, far from every vocabulary's own."""
+    start, step = (int.from_bytes(half, "big") for half in (digest[:8], digest[8:]))
+    mixed = np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(step | 1)  # wraps at 2**64, as meant
+    return read_only((mixed >> np.uint64(33)).astype(np.uint32) | np.uint32(PSEUDO_TOKEN))
+
+
+def utf8(text: str) -> tuple[bytes, bool]:
+    """(UTF-8, whether the text is valid Unicode); each lone surrogate becomes a replacement character."""
+    try:
+        return text.encode(), True
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode(), False
+
+
+def _token_ids(item: Sequence[Any], field: str) -> Ids:
+    try:
+        return token_array(item)
+    except PromptError as error:
+        raise PromptError(f"{field}: {str(error).removeprefix('tokens: ')}") from None
+
+
+def _joined(pieces: list[Ids]) -> Ids:
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces) if pieces else EMPTY
