@@ -170,6 +170,14 @@ class Settings(_Schema):
     def _yaml_reads_on_and_off_as_booleans(cls, mode: Any) -> Any:
         return {True: "on", False: "off"}.get(mode, mode) if isinstance(mode, bool) else mode
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_are_a_pair_or_a_published_name(cls, weights: Any) -> Any:
+        known = weights in PUBLISHED_WEIGHTS if isinstance(weights, str) else isinstance(weights, (dict, WeightSettings))
+        if weights is not None and not known:
+            raise ValueError(f"expected {{rtt, queue}} or one of {', '.join(PUBLISHED_WEIGHTS)}, got {weights!r:.80}")
+        return weights
+
     @field_validator("policy")
     @classmethod
     def _policy_exists(cls, policy: str) -> str:
@@ -235,11 +243,12 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{path}: unknown setting{did_you_mean(str(location[-1]), _fields_at(schema, location[:-1]))}"
     if first["type"] == "missing":
         return f"{path}: required, but not given"
-    if not path:
-        return message
     value = first["input"]
-    shown = "" if isinstance(value, (dict, list)) or path.endswith("url") else f" (got {value!r:.80})"
-    return f"{path}: {message[:1].lower()}{message[1:]}{shown}"
+    if first["type"] == "model_type":
+        message = f"expected a mapping of settings, got {type(value).__name__}"
+    elif first["type"] != "value_error" and not isinstance(value, (dict, list)):
+        message = f"{message[:1].lower()}{message[1:]} (got {value!r:.80})"
+    return f"{path}: {message}" if path else message
 
 
 def _fields_at(schema: type[BaseModel], location: list[int | str]) -> list[str]:
