@@ -40,6 +40,7 @@ class Credit:
         tick: the time of use that the credit wrote.
         leaf: the last node of the path.
         boundary: the last node that was held before; what lies between it and `leaf` is new.
+        extended_blocks: blocks appended to the edge of `boundary` itself.
         had_blocks: blocks of the prompt that were believed cached before.
         stamps: (end block, tick of last use before this credit) of each part that was believed cached.
     """
@@ -49,6 +50,7 @@ class Credit:
     tick: int
     leaf: _Node
     boundary: _Node
+    extended_blocks: int
     had_blocks: int
     stamps: tuple[tuple[int, int], ...]
 
@@ -110,11 +112,18 @@ class PrefixIndex:
         node = boundary = self._root
         position, end = 0, min(len(hashes), self._capacity[replica] * HASH_BYTES)
         stamps: list[tuple[int, int]] = []
+        extended = 0
         for _ in range(MAX_WALK_NODES):
             if position >= end:
                 break
             first = hashes[position : position + HASH_BYTES]
             child = node.children.get(first)
+            if child is None and node.mask == flag and not node.children:
+                # A conversation of this replica alone grows: a longer edge, not one more node a turn.
+                extended = (end - position) // HASH_BYTES
+                node.edge += hashes[position:end]
+                self._held[bit] += extended
+                break
             if child is None:
                 child = node.children[first] = _Node(hashes[position:end], node)
             common = _common_blocks(child.edge, hashes, position, end)
@@ -131,7 +140,8 @@ class PrefixIndex:
         if node is not self._root:
             self._queue_if_leaf(node, bit)
         self._evict_to_capacity(replica)
-        return Credit(replica, bit, self._tick, node, boundary, stamps[-1][0] if stamps else 0, tuple(stamps))
+        had = stamps[-1][0] if stamps else 0
+        return Credit(replica, bit, self._tick, node, boundary, extended, had, tuple(stamps))
 
     def revoke(self, credit: Credit) -> None:
         """Take back what `credit` added, except what a later use has confirmed."""
@@ -140,11 +150,18 @@ class PrefixIndex:
             return
         while node is not credit.boundary:
             if node.mask >> bit & 1:
-                if node.used[bit] != credit.tick or node.holding_children.get(bit):
+                if self._used_since(node, credit):
                     return
                 self._release(node, bit)
             assert node.parent is not None  # the boundary is an ancestor, at the latest the root
             node = node.parent
+        left = credit.extended_blocks  # by now perhaps cut into several nodes, this one the lowest
+        while left and node.mask >> bit & 1 and not self._used_since(node, credit):
+            assert node.parent is not None
+            node, left = node.parent, left - self._drop_tail(node, bit, left)
+
+    def _used_since(self, node: _Node, credit: Credit) -> bool:
+        return node.used[credit.bit] != credit.tick or bool(node.holding_children.get(credit.bit))
 
     def correct(self, credit: Credit, cached_blocks: int) -> int:
         """Believe the engine, which found only `cached_blocks` where `credit.had_blocks` were expected.
@@ -201,7 +218,7 @@ class PrefixIndex:
                 found[replica] = depth
 
     def _split(self, node: _Node, blocks: int) -> _Node:
-        """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, its heap entries valid."""
+        """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
         parent = node.parent
         assert parent is not None
         cut = blocks * HASH_BYTES
@@ -253,7 +270,7 @@ class PrefixIndex:
             self._evict_one(bit, over, self._tick)
 
     def _evict_one(self, bit: int, most_blocks: int, newest: int) -> None:
-        """Pop one heap entry; if it is a leaf last used no later than `newest`, evict up to `most_blocks` of its tail."""
+        """Pop one heap entry; evict up to `most_blocks` if it is a leaf last used no later than `newest`."""
         flag = 1 << bit
         tick, _, node = heapq.heappop(self._heaps[bit])
         node.queued &= ~flag
@@ -262,10 +279,15 @@ class PrefixIndex:
         if node.used[bit] != tick or tick > newest:
             self._queue_if_leaf(node, bit)  # used since it was queued
             return
+        self._drop_tail(node, bit, most_blocks)
+
+    def _drop_tail(self, node: _Node, bit: int, most_blocks: int) -> int:
+        """Take up to `most_blocks` of a leaf's tail from a replica; returns how many it had."""
         blocks = len(node.edge) // HASH_BYTES
         if blocks <= most_blocks:
             self._release(node, bit)
-        elif node.mask == flag:  # nobody else holds it, so it has no children: shorten it in place
+            return blocks
+        if node.mask == 1 << bit:  # nobody else holds it, so it has no children: shorten it in place
             node.edge = node.edge[: -most_blocks * HASH_BYTES]
             self._held[bit] -= most_blocks
             self._queue_if_leaf(node, bit)
@@ -273,6 +295,7 @@ class PrefixIndex:
             upper = self._split(node, blocks - most_blocks)
             self._release(node, bit)
             self._queue_if_leaf(upper, bit)
+        return most_blocks
 
     def _clean_retired(self) -> None:
         while self._retired:

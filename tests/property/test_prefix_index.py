@@ -54,9 +54,7 @@ def index_of(capacities: dict[int, int]) -> PrefixIndex:
 
 
 @given(credits, st.lists(paths, max_size=10))
-def test_without_eviction_every_lookup_equals_brute_force(
-    steps: list[tuple[int, bytes]], lookups: list[bytes]
-) -> None:
+def test_without_eviction_every_lookup_equals_brute_force(steps: list[tuple[int, bytes]], lookups: list[bytes]) -> None:
     capacities = dict.fromkeys(range(3), 10_000)
     index, oracle = index_of(capacities), BruteForce(capacities)
     for replica, hashes in steps:
@@ -93,7 +91,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(actions)
 def test_books_balance_whatever_happens(steps: list[tuple[str, int, bytes]]) -> None:
     index = index_of(dict.fromkeys(range(3), 9))

@@ -42,6 +42,23 @@ def test_a_revoked_credit_that_another_prompt_has_split_is_gone_whole() -> None:
     assert index.held_blocks(0) == 0
 
 
+def test_a_revoked_extension_is_gone_even_when_it_was_split_meanwhile() -> None:
+    index = index_of()
+    index.credit(0, path(1, 2))
+    credit = index.credit(0, path(1, 2, 3, 4, 5))
+    index.credit(1, path(1, 2, 3, 4, 9))
+    index.revoke(credit)
+    assert index.match(path(1, 2, 3, 4, 5)) == {0: 2, 1: 4}
+
+
+def test_a_conversation_of_one_replica_stays_one_node() -> None:
+    index = index_of()
+    for turn in range(1, 100):
+        index.credit(0, path(*range(turn)))
+    (node,) = index._root.children.values()
+    assert not node.children
+
+
 def test_a_credit_that_a_later_request_has_used_is_not_revoked() -> None:
     index = index_of()
     credit = index.credit(0, path(1, 2))

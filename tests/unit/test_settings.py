@@ -16,9 +16,15 @@ REPLICA = {"name": "a", "url": "http://10.0.0.1:8000"}
         ({"polcy": "gorgo"}, "polcy: unknown setting (did you mean 'policy'?)"),
         ({"policy": "gorgoo"}, "policy: unknown policy 'gorgoo' (did you mean 'gorgo'?)"),
         ({"probe": {"intervall_s": 3}}, "probe.intervall_s: unknown setting (did you mean 'interval_s'?)"),
-        ({"replicas": [{**REPLICA, "kv_token": 3}]}, "replicas.0.kv_token: unknown setting (did you mean 'kv_tokens'?)"),
+        (
+            {"replicas": [{**REPLICA, "kv_token": 3}]},
+            "replicas.0.kv_token: unknown setting (did you mean 'kv_tokens'?)",
+        ),
         ({"replicas": [{"name": "a"}]}, "replicas.0.url: required, but not given"),
-        ({"replicas": [{"name": "a", "url": "a:8000"}]}, "replicas.0.url: expected http://host:port or https://host:port"),
+        (
+            {"replicas": [{"name": "a", "url": "a:8000"}]},
+            "replicas.0.url: expected http://host:port or https://host:port",
+        ),
         ({"replicas": [{"name": "a", "url": "http://a:port"}]}, "replicas.0.url: expected a port from 0 to 65535"),
         ({"replicas": [REPLICA, REPLICA]}, "replicas: two replicas are named 'a'; names must be unique"),
         ({"block_tokens": "16"}, "block_tokens: input should be a valid integer (got '16')"),
