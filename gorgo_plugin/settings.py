@@ -173,8 +173,8 @@ class Settings(_Schema):
     @field_validator("weights", mode="before")
     @classmethod
     def _weights_are_a_pair_or_a_published_name(cls, weights: Any) -> Any:
-        known = weights in PUBLISHED_WEIGHTS if isinstance(weights, str) else isinstance(weights, (dict, WeightSettings))
-        if weights is not None and not known:
+        published = isinstance(weights, str) and weights in PUBLISHED_WEIGHTS
+        if not (published or weights is None or isinstance(weights, (dict, WeightSettings))):
             raise ValueError(f"expected {{rtt, queue}} or one of {', '.join(PUBLISHED_WEIGHTS)}, got {weights!r:.80}")
         return weights
 

@@ -357,7 +357,7 @@ def test_an_empty_prompt_is_routed(router: Router) -> None:
 
 @pytest.mark.parametrize("tokens", [[-1], [2**32], [1.5], ["a"], [[1, 2]], [None], 7])
 def test_tokens_that_are_no_token_ids_are_refused(tokens: Any) -> None:
-    with pytest.raises(PromptError, match="^tokens: expected"):
+    with pytest.raises(PromptError, match=r"^tokens: expected"):
         Prompt(tokens)
 
 
