@@ -1,0 +1,112 @@
+"""The commands of the fleet: `gorgo mock-upstream` and `gorgo demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+_PROFILES = ("linear", "curved", "tiny-cpu")
+_FAULTS = ("none", "error", "hang", "reset", "cut", "rate-limit", "die")
+
+
+@click.command()
+@click.option("--name", default="mock", help="Name told in every answer.")
+@click.option("--model", "models", multiple=True, default=("m",), help="Model served; give it again for more.")
+@click.option("--host", default="127.0.0.1", help="Address to bind.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port to bind; 0 takes a free one.")
+@click.option("--rtt-ms", default=0.0, type=click.FloatRange(0), help="Injected round trip.")
+@click.option("--jitter-ms", default=0.0, type=click.FloatRange(0), help="Standard deviation of the round trip.")
+@click.option("--profile", default="linear", type=click.Choice(_PROFILES), help="What the engine is like.")
+@click.option("--ms-per-token", type=click.FloatRange(0, min_open=True), help="Prefill per uncached token.")
+@click.option("--kv-tokens", type=click.IntRange(1), help="Tokens the KV cache holds.")
+@click.option("--block-tokens", type=click.IntRange(1), help="Tokens of a KV block.")
+@click.option("--max-running", type=click.IntRange(1), help="Requests admitted at once.")
+@click.option("--step-tokens", type=click.IntRange(1), help="Token budget of a step.")
+@click.option("--stream-interval", default=1, type=click.IntRange(1), help="Tokens per streamed chunk.")
+@click.option("--output-tokens", default=128, type=click.IntRange(1), help="Answer length without a cap.")
+@click.option("--metrics-style", default="vllm", type=click.Choice(["vllm", "sglang"]), help="Names on /metrics.")
+@click.option("--tokenizer", help="Tokenizer file or folder; without it the embedded one.")
+@click.option("--chat-template", help="Chat template text or file.")
+@click.option("--seed", default=0, help="Seeds the engine, the jitter and the faults.")
+@click.option("--fault", default="none", type=click.Choice(_FAULTS), help="How it fails from the start.")
+@click.option("--fault-after", default=0, type=click.IntRange(0), help="Requests served before it fails.")
+@click.option("--fault-count", type=click.IntRange(1), help="Requests that fail before it is well again.")
+@click.option("--fault-probability", default=1.0, type=click.FloatRange(0, 1), help="Share of requests that fail.")
+@click.option("--fault-health", is_flag=True, help="Let /health and the like fail as well.")
+def mock_upstream(
+    name: str,
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    rtt_ms: float,
+    jitter_ms: float,
+    profile: str,
+    ms_per_token: float | None,
+    kv_tokens: int | None,
+    block_tokens: int | None,
+    max_running: int | None,
+    step_tokens: int | None,
+    stream_interval: int,
+    output_tokens: int,
+    metrics_style: str,
+    tokenizer: str | None,
+    chat_template: str | None,
+    seed: int,
+    fault: str,
+    fault_after: int,
+    fault_count: int | None,
+    fault_probability: float,
+    fault_health: bool,
+) -> None:
+    """Serve one mock replica over HTTP.
+
+    It answers OpenAI and Anthropic requests as an engine with a prefix cache would, behind an injected network, and
+    prints one line of JSON with its URL once it is ready.
+    """
+    import asyncio
+    import dataclasses
+
+    from gorgo_plugin.fleet.engine import PROFILES
+    from gorgo_plugin.fleet.faults import Fault
+    from gorgo_plugin.fleet.server import MockSettings, serve
+
+    given: dict[str, Any] = {
+        "a_ms": ms_per_token,
+        "kv_tokens": kv_tokens,
+        "block_tokens": block_tokens,
+        "max_running": max_running,
+        "step_tokens": step_tokens,
+    }
+    try:
+        engine = dataclasses.replace(PROFILES[profile], **{key: value for key, value in given.items() if value})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    settings = MockSettings(
+        name=name,
+        models=models,
+        profile=engine,
+        rtt_ms=rtt_ms,
+        jitter_ms=jitter_ms,
+        seed=seed,
+        stream_interval=stream_interval,
+        output_tokens=output_tokens,
+        metrics_style="sglang" if metrics_style == "sglang" else "vllm",
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        fault=Fault.model_validate(
+            {
+                "kind": fault,
+                "after": fault_after,
+                "count": fault_count,
+                "probability": fault_probability,
+                "health": fault_health,
+            }
+        ),
+        host=host,
+        port=port,
+    )
+    try:
+        asyncio.run(serve(settings))
+    except OSError as error:
+        raise click.ClickException(f"--host {host} --port {port}: {error.strerror or error}") from None
