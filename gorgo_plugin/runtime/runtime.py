@@ -208,12 +208,12 @@ def longer_than(body: Body, limit_chars: int) -> bool:
     """Whether the strings and lists of a body add up to more than `limit_chars`, found without reading further."""
     if not isinstance(body, Mapping):
         return len(body) > limit_chars
-    left, stack = limit_chars, [body]
+    left, stack = limit_chars, list(body.values())
     while stack:
         value = stack.pop()
         if isinstance(value, str | bytes):
             left -= len(value)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
             left -= len(value)
