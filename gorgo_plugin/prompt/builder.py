@@ -17,7 +17,7 @@ from gorgo_plugin.prompt.cache import SegmentCache
 from gorgo_plugin.prompt.conversation import Conversation, Media
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
-from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, cut_text, read_only
+from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 from gorgo_plugin.settings import ModelSettings, Settings
 
 KEY_BYTES = 16  # two of 2**64 texts would share a key by chance
@@ -154,7 +154,7 @@ class PromptBuilder:
 
         text, faithful = model.render(conversation, mark)
         data, valid = utf8(text)
-        pieces: list[Piece] = [media.get(piece, piece) for piece in cut_text(data, model.cut_bytes, tuple(media))]
+        pieces: list[Piece] = [media.get(piece, piece) for piece in model.cut(data, tuple(media))]
         if conversation.add_special_tokens:
             before, after = model.vocabulary.affixes
             pieces = [before, *pieces, after]
@@ -169,7 +169,7 @@ class PromptBuilder:
                 continue
             data, valid = utf8(item)
             before, after = model.vocabulary.affixes if prompts.add_special_tokens else (EMPTY, EMPTY)
-            pieces += [before, *cut_text(data, model.cut_bytes), after]
+            pieces += [before, *model.cut(data), after]
             exact = exact and valid and model.exact
         return pieces, exact
 

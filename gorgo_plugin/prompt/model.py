@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from gorgo_plugin.errors import SettingsError
 from gorgo_plugin.prompt.conversation import Conversation, Message, tool_call
 from gorgo_plugin.prompt.sources import EMBEDDED, TokenizerSource
 from gorgo_plugin.prompt.template import ChatTemplate, Mark, TemplateFailure, chatml
-from gorgo_plugin.prompt.vocabulary import Vocabulary
+from gorgo_plugin.prompt.vocabulary import Vocabulary, cut_text
 
 _log = logging.getLogger("gorgo")
 
@@ -28,7 +28,8 @@ class PromptModel:
 
     Attributes:
         vocabulary: what tokenizes.
-        cuts: special tokens in front of which a prompt is cut; none: prompts are tokenized whole.
+        cuts: special tokens in front of which prompts are cut; where there are none and lines do not cut either,
+            prompts are tokenized whole.
         exact: whether the ids are the engine's own as far as the tokenizer goes.
     """
 
@@ -54,7 +55,7 @@ class PromptModel:
         self._failures = 0
         self._lock = threading.Lock()
         self.cuts = self._choose_cuts()
-        self.cut_bytes = tuple(cut.encode() for cut in self.cuts)
+        self._cut_bytes = tuple(cut.encode() for cut in self.cuts)
 
     def _compiled(self, text: str, source: TokenizerSource, now: Callable[[], datetime]) -> ChatTemplate:
         try:
@@ -75,6 +76,10 @@ class PromptModel:
             self._count_failure(failure)
             return chatml(conversation, mark), False
 
+    def cut(self, text: bytes, alone: Sequence[bytes] = ()) -> list[bytes]:
+        """Cut rendered text where its tokenization is; `alone` are texts that become pieces of their own."""
+        return cut_text(text, self._cut_bytes, alone, lines=self.vocabulary.cuts_lines)
+
     def _count_failure(self, failure: TemplateFailure) -> None:
         with self._lock:
             self._failures += 1
@@ -91,8 +96,9 @@ class PromptModel:
         cuts = self.vocabulary.choose_cuts([gap for text in trials for gap in _gaps(text)])
         if cuts and self.vocabulary.cuts_exactly(cuts, trials):
             return cuts
-        reason = "joined pieces differ from the whole" if cuts else "its turns are not parted by special tokens"
-        _log.info("gorgo: prompts of model '%s' are tokenized whole, without a message cache (%s)", self._name, reason)
+        reason = "joined pieces differ from the whole" if cuts else "no special tokens part them"
+        instead = "cut at lines alone" if self.vocabulary.cuts_lines else "tokenized whole"
+        _log.info("gorgo: messages of model '%s' are not remembered one by one (%s): %s", self._name, reason, instead)
         return ()
 
     def _trial(self, conversation: Conversation) -> str | None:
@@ -108,8 +114,9 @@ class PromptModel:
             "tokenizer": self.vocabulary.source,
             "vocabulary_size": self.vocabulary.size,
             "chat_template": self._origin,
-            "tokenized": "by-segment" if self.cuts else "whole",
+            "tokenized": "by-segment" if self.cuts or self.vocabulary.cuts_lines else "whole",
             "cut_tokens": list(self.cuts),
+            "cut_lines": self.vocabulary.cuts_lines,
             "exact": self.exact,
             "template_failures": self._failures,
         }

@@ -11,6 +11,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gorgo_plugin.prompt.conversation import Content, Conversation, Media, Message, stable_json
@@ -18,6 +19,8 @@ from gorgo_plugin.prompt.conversation import Content, Conversation, Media, Messa
 RENDERED_CHARS = 64_000_000  # about 16M tokens, above every context window; what exceeds it is a template gone wild
 REPEATED_ITEMS = 1_000_000  # longest string or list a template may make by `*`; indents and separators are short
 LARGEST_EXPONENT = 64  # templates compute no powers
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 
 Mark = Callable[[Media], str]  # the text that stands for a medium until its pseudo-tokens replace it
 
@@ -41,6 +44,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """No attribute of Python's own, no mutation, and no operator that makes much out of little."""
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # `message.role` asks a dict for an attribute it has not, again and again; the item is what comes of it.
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # For these types the many checks of the sandbox come to this one; templates ask it a dozen times a message.
+        if type(obj) in (str, LoopContext):
+            return not attr.startswith("_")
+        return super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":

@@ -4,11 +4,14 @@ A special token cuts tokenization exactly: nothing before it merges with anythin
 special tokens can be tokenized piece by piece, each piece once, and joined. Headers and newlines do not cut, nor do
 tokens that take the whitespace before them along or that another added token overlaps. Each piece begins with its
 special token, so that what depends on what stands before the text (a prefix space, whitespace a token takes from its
-right) comes out as in the whole.
+right) comes out as in the whole. Most byte-level tokenizers also end a piece where a line starts with a letter; long
+pieces are cut there. Both are tried on texts chosen against them before they are used.
 """
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +21,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
 Ids = NDArray[np.uint32]
+
+ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
+
+LINES_BYTES = 2048  # about 500 tokens, 1 ms: what a prompt that grew has to tokenize again
+_LINE_START = re.compile(rb"\n[A-Za-z]")
 
 # What stood next to a cut in prompts that tokenizers were seen to treat unlike the middle of a text.
 _NEIGHBOURS = (
@@ -85,14 +93,18 @@ class Vocabulary:
         before, after = full[:at], full[at + len(bare) :]
         return read_only(np.array(before, dtype=np.uint32)), read_only(np.array(after, dtype=np.uint32))
 
+    @cached_property
+    def _added(self) -> list[AddedToken]:
+        added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        return [token for _, token in sorted(added.items())]
+
     def choose_cuts(self, gaps: Sequence[str]) -> tuple[str, ...]:
         """Special tokens to cut at: the fewest (greedily) that occur in every gap in which any may be cut at.
 
         A gap is what a chat template puts between two messages.
         """
-        added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
-        others = [token.content for token in added.values()]
-        found = [token for _, token in sorted(added.items()) if any(token.content in gap for gap in gaps)]
+        others = [token.content for token in self._added]
+        found = [token for token in self._added if any(token.content in gap for gap in gaps)]
         usable = [token.content for token in found if self._cuts_by_its_flags(token) and _apart(token.content, others)]
         open_gaps = [{token for token in usable if token in gap} for gap in gaps]
         chosen: list[str] = []
@@ -107,26 +119,61 @@ class Vocabulary:
 
     def cuts_exactly(self, cuts: Sequence[str], texts: Iterable[str] = ()) -> bool:
         """Whether pieces give the ids of the whole, on texts chosen to show where they would not."""
+        ordinary = [token.content for token in self._added if not token.special][:ORDINARY_PROBED]
         probes = [*texts]
         for cut in cuts:
             probes += [left + cut + right for left in _NEIGHBOURS for right in _NEIGHBOURS]
+            probes += [f"a {token}{cut}{token} b" for token in ordinary]
             probes += [f"{cut}a{other}b{cut}{other}{cut} c\n" for other in cuts]
-        pieces = [cut_text(probe.encode(), tuple(cut.encode() for cut in cuts)) for probe in probes]
-        wholes = self.encode(probes)
-        parts = iter(self.encode([piece.decode() for cut_probe in pieces for piece in cut_probe]))
+        return self._pieces_match([cut_text(probe.encode(), [cut.encode() for cut in cuts]) for probe in probes])
+
+    @cached_property
+    def cuts_lines(self) -> bool:
+        """Whether text may also be cut between a newline and a letter from A to z.
+
+        The pre-tokenizers of the GPT and Llama families end a piece there, so nothing merges across; those with a
+        prefix space do not. Added tokens must not reach across either.
+        """
+        letters = string.ascii_letters
+        across = any(
+            (token.lstrip and token.content[:1] in letters) or re.search("\n[A-Za-z]", token.content)
+            for token in self._added
+        )
+        lefts = [*_NEIGHBOURS, *string.punctuation, *string.whitespace, "x\r", "x \t", "9", "ß。", "\u3000"]
+        rights = ["a", "I", "Hello", "s", "re the", "x1", "Zß", "a\u0301", "b'c", "e\n\nf", "to_s", "A."]
+        probes = [[f"{left}\n".encode(), right.encode()] for left in lefts for right in rights]
+        return not across and self._pieces_match(probes)
+
+    def _pieces_match(self, probes: Sequence[Sequence[bytes]]) -> bool:
+        wholes = self.encode([b"".join(pieces).decode() for pieces in probes])
+        parts = iter(self.encode([piece.decode() for pieces in probes for piece in pieces]))
         return all(
-            np.array_equal(whole, np.concatenate([next(parts) for _ in cut_probe] or [whole]))
-            for whole, cut_probe in zip(wholes, pieces, strict=True)
+            np.array_equal(whole, np.concatenate([next(parts) for _ in pieces]) if pieces else whole)
+            for whole, pieces in zip(wholes, probes, strict=True)
         )
 
 
-def cut_text(text: bytes, cuts: Sequence[bytes], alone: Sequence[bytes] = ()) -> list[bytes]:
-    """Cut UTF-8 text in front of every occurrence of `cuts`, and on both sides of those of `alone`."""
-    bounds = [at for cut in cuts for at in occurrences(text, cut)]
+def cut_text(text: bytes, cuts: Sequence[bytes], alone: Sequence[bytes] = (), lines: bool = False) -> list[bytes]:
+    """Cut UTF-8 text in front of every occurrence of `cuts`, and on both sides of those of `alone`.
+
+    With `lines`, pieces longer than `LINES_BYTES` are cut on at the starts of lines, so that a prompt without special
+    tokens is remembered up to where it grew. Every cut depends on what stands before it alone: growing moves none.
+    """
+    bounds = {at for cut in cuts for at in occurrences(text, cut)}
     for one in alone:
-        bounds += (bound for at in occurrences(text, one) for bound in (at, at + len(one)))
-    ends = sorted({*bounds, len(text)} - {0})
+        bounds.update(bound for at in occurrences(text, one) for bound in (at, at + len(one)))
+    ends = sorted((bounds | {len(text)}) - {0})
+    if lines:
+        ends = [end for start, last in pairwise([0, *ends]) for end in (*_line_starts(text, start, last), last)]
     return [text[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _line_starts(text: bytes, start: int, end: int) -> list[int]:
+    found: list[int] = []
+    while end - start > LINES_BYTES and (line := _LINE_START.search(text, start + LINES_BYTES, end)):
+        start = line.start() + 1
+        found.append(start)
+    return found
 
 
 def occurrences(text: bytes, token: bytes) -> list[int]:
