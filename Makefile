@@ -1,0 +1,65 @@
+# Needs Python 3.11 or later and a package index. Every target makes .venv when it is missing and reuses it otherwise.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The oldest and newest releases that are served, and one on either side of each change of LiteLLM's internals.
+LITELLM_VERSIONS ?= 1.84.0 1.95.0 1.103.0 1.106.2 1.108.0 1.109.1
+CONTRACT_TESTS ?= tests/integration/test_litellm_contract.py
+
+ifeq ($(shell command -v $(PYTHON)),)
+PYTHON := python3
+endif
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(INSTALLED) ## Three regions, the real LiteLLM proxy, five strategies: one table and a plot
+	$(BIN)/gorgo demo
+
+.PHONY: test
+test: check ## Check, then run all tests
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(INSTALLED) ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(INSTALLED) ## What the plugin costs LiteLLM, against simple-shuffle
+	$(BIN)/gorgo bench litellm
+
+.PHONY: docs
+docs: $(INSTALLED) ## Write the generated pages of docs/ anew
+	$(BIN)/python -m gorgo_plugin.reference
+
+.PHONY: test-litellm-versions
+test-litellm-versions: $(INSTALLED) ## Run the contract tests on each supported LiteLLM
+	@failed=; for version in $(LITELLM_VERSIONS); do \
+		sh .ci/with-litellm $$version -m pytest -q $(CONTRACT_TESTS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed on:$$failed"; exit 1; }
+
+.PHONY: constraints
+constraints: ## Pin what a new environment resolves to today
+	rm -rf $(VENV)-new && $(PYTHON) -m venv $(VENV)-new
+	$(VENV)-new/bin/python -m pip install --quiet -e '.[demo,dev]'
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(VENV)-new/bin/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' | sort -f; } > constraints.new
+	mv constraints.new constraints.txt && rm -rf $(VENV)-new
+
+.PHONY: clean
+clean: ## Remove the environments and caches
+	rm -rf $(VENV) $(VENV)-* .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
