@@ -1,0 +1,238 @@
+"""One record per attempt, ended exactly once by whichever of LiteLLM's hooks comes first.
+
+LiteLLM tells of a request's end in many places and in some not at all. Records are found by the request's logging
+object, which LiteLLM makes for each request of the proxy and which no client can forge; without one (the SDK,
+pass-through) by the context the selection ran in. Events that carry neither join by the call id. When the logging
+object itself is gone, so is the request: what is then still open ends as a client that left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from cachetools import TTLCache
+
+from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.litellm_strategy.outcomes import Usage, failure_kind
+from gorgo_plugin.runtime import Runtime
+
+CALL_IDS = 65_536  # calls in flight that can be joined by id; an entry is some hundred bytes
+CALL_ID_TTL_S = 1800.0  # twice the default time to live of a flight
+
+
+class Attempt:
+    """One request at one replica.
+
+    Attributes:
+        deployment_id: LiteLLM's id of the deployment that serves it.
+        decision: why it is there; its flight is open in the router.
+        opened_s: wall clock of the dispatch, which LiteLLM's events are stamped with.
+        dispatched: LiteLLM did call the deployment; a limit or a cached answer can keep it from that.
+        closed: how it ended: `finished` or a kind of failure; None while it has not.
+    """
+
+    def __init__(self, runtime: Runtime, decision: Decision, prompt: Prompt, deployment_id: str) -> None:
+        self.deployment_id = deployment_id
+        self.decision = decision
+        self.opened_s = time.time()
+        self.dispatched = False
+        self.closed: str | None = None
+        self._runtime = runtime
+        self._router = runtime.router  # a reload may replace it; the flight ends where it was opened
+        self._model = prompt.model
+        self._started_s = time.monotonic()
+        self._began = False
+        self._usage_seen = False
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime that routed it."""
+        return self._runtime
+
+    def first_token(self) -> None:
+        """The first token of a streamed answer has been seen."""
+        if self._began or self.closed is not None or not self.dispatched:
+            return
+        self._began = True
+        self._router.first_token(self.decision.flight_id)
+        replica = self.decision.replica
+        predicted_s = self.decision.costs[replica].predicted_ttft_ms / 1000.0
+        self._runtime.metrics.first_token(replica, self._model, time.monotonic() - self._started_s, predicted_s)
+
+    def usage(self, usage: Usage) -> None:
+        """What the engine counted. Nothing is believed of an attempt that failed or of a count of zero."""
+        if self._usage_seen or not usage.prompt_tokens or not self.dispatched or self.closed not in (None, "finished"):
+            return
+        self._usage_seen = True
+        self._router.usage(
+            self.decision.flight_id,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            output_tokens=usage.output_tokens,
+        )
+        replica = self.decision.replica
+        estimated = self.decision.costs[replica].cached_tokens
+        self._runtime.metrics.usage(replica, self._model, usage.prompt_tokens, estimated, usage.cached_tokens)
+
+    def finish(self) -> None:
+        """The answer is complete."""
+        if self.closed is not None:
+            return
+        if not self.dispatched:  # LiteLLM's own cache answered
+            self.fail("disconnect")
+            return
+        self.closed = "finished"
+        self._router.finish(self.decision.flight_id)
+
+    def fail(self, kind: str) -> None:
+        """The attempt ended without a complete answer; `kind` as in `Router.fail`."""
+        if self.closed is not None:
+            return
+        if not self.dispatched and kind != "disconnect":
+            kind = "disconnect"  # a limit of LiteLLM's own stopped it: nothing was learned of the replica
+        self.closed = kind
+        self._router.fail(self.decision.flight_id, kind)
+        self._runtime.metrics.failed(self.decision.replica, kind)
+
+
+class Request:
+    """One request over its attempts.
+
+    Attributes:
+        request_id: ours, never one that a client can choose.
+        trace_id: LiteLLM's id of an SDK call over its retries; None where a logging object tells requests apart.
+        call_id: LiteLLM's id of the current attempt, None before it is known.
+        attempt: the current one, None when the choice was left to LiteLLM.
+        tried: ids of the deployments that had an attempt.
+        prompts: prepared prompts by (endpoint, model), so that a retry does not prepare again.
+    """
+
+    _ids = itertools.count(1)
+
+    def __init__(self, trace_id: object = None) -> None:
+        self.request_id = f"litellm-{next(Request._ids)}"
+        self.trace_id = trace_id
+        self.call_id: str | None = None
+        self.logging_key: int | None = None  # of the logging object that stands for it now
+        self.attempt: Attempt | None = None
+        self.tried: set[str] = set()
+        self.prompts: dict[tuple[str, str], Prompt] = {}
+
+    def end(self, kind: str) -> None:
+        """End the current attempt as failed, if one is open."""
+        if self.attempt is not None:
+            self.attempt.fail(kind)
+
+    def end_by(self, error: BaseException) -> None:
+        """End the current attempt by what was raised."""
+        self.end(failure_kind(error))
+
+
+class Ledger:
+    """Finds the request that a hook speaks of."""
+
+    def __init__(self) -> None:
+        self._by_logging: dict[int, tuple[weakref.ref[Any], Request]] = {}
+        self._by_call: TTLCache[str, Attempt | None] = TTLCache(CALL_IDS, CALL_ID_TTL_S)
+        self._calls_lock = threading.Lock()
+        self._lost: deque[Request] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._current: ContextVar[Request | None] = ContextVar("gorgo_request", default=None)
+
+    def begin(self, kwargs: Mapping[str, Any]) -> Request:
+        """The request that a selection is for. An attempt of it that is still open must have failed."""
+        self.collect()
+        logging_obj = kwargs.get("litellm_logging_obj")
+        if logging_obj is not None:
+            request = self._of_logging(logging_obj) or self.bind(Request(), logging_obj)
+        else:
+            trace_id = kwargs.get("litellm_trace_id")
+            known = self._current.get()
+            same = known is not None and trace_id is not None and known.trace_id == trace_id
+            request = known if known is not None and same else Request(trace_id)
+            request.call_id = None
+        request.end("rejected")
+        self._current.set(request)
+        self._loop = _running_loop()
+        return request
+
+    def bind(self, request: Request, logging_obj: Any) -> Request:
+        """Find the request by this logging object from now on, and end it at the latest when that is gone."""
+        request.logging_key = key = id(logging_obj)
+        request.call_id = getattr(logging_obj, "litellm_call_id", None)
+        self._by_logging[key] = weakref.ref(logging_obj, functools.partial(self._gone, key)), request
+        return request
+
+    def find(self, data: Mapping[str, Any] | None) -> Request | None:
+        """The request that a hook's data belong to: by their logging object, without one by the context."""
+        logging_obj = data.get("litellm_logging_obj") if data is not None else None
+        return self._current.get() if logging_obj is None else self._of_logging(logging_obj)
+
+    def adopt(self, logging_obj: Any) -> None:
+        """LiteLLM calls the chosen deployment with this logging object, which the SDK makes after the choice."""
+        if logging_obj is None or self._of_logging(logging_obj) is not None:
+            return
+        request = self._current.get()
+        if request is not None and request.attempt is not None and not request.attempt.dispatched:
+            self.bind(request, logging_obj)
+
+    def dispatch(self, call_id: object) -> None:
+        """LiteLLM sends the request of this context now; log events of `call_id` belong to its attempt.
+
+        A client can choose the id. When two calls under way have the same, their events belong to neither.
+        """
+        request = self._current.get()
+        attempt = request.attempt if request is not None else None
+        if request is None or attempt is None or attempt.closed is not None or not isinstance(call_id, str):
+            return
+        if request.call_id not in (None, call_id):
+            return  # a call that another callback makes on the way
+        attempt.dispatched = True
+        with self._calls_lock:
+            known = self._by_call.get(call_id, attempt)
+            clash = known is None or (known is not attempt and known.closed is None)
+            self._by_call[call_id] = None if clash else attempt
+
+    def of_call(self, call_id: object) -> Attempt | None:
+        """The attempt that a log event of `call_id` belongs to."""
+        if not isinstance(call_id, str):
+            return None
+        with self._calls_lock:
+            return self._by_call.get(call_id)
+
+    def collect(self) -> None:
+        """End what is left open of requests whose logging object is gone."""
+        while self._lost:
+            self._lost.popleft().end("disconnect")
+
+    def _gone(self, key: int, _: weakref.ref[Any]) -> None:
+        # Runs wherever the garbage collector does, so perhaps inside the router's lock: only note it here.
+        entry = self._by_logging.pop(key, None)
+        request = None if entry is None else entry[1]
+        if request is None or request.logging_key != key:
+            return  # the SDK makes a new logging object for every attempt
+        self._lost.append(request)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.collect)
+
+    def _of_logging(self, logging_obj: Any) -> Request | None:
+        entry = self._by_logging.get(id(logging_obj))
+        if entry is None or entry[0]() is not logging_obj:
+            return None
+        return entry[1]
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
