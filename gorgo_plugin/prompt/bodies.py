@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 
 from gorgo_plugin.errors import PromptError
-from gorgo_plugin.prompt.conversation import Conversation, as_list, as_mapping
+from gorgo_plugin.prompt.conversation import Conversation, as_list, as_mapping, as_text
 from gorgo_plugin.prompt.dialects import read_anthropic, read_chat, read_responses
 from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, MESSAGES, RESPONSES, endpoint_of
 
 NAME_CHARS = 256  # of a model, session or user name; longer ones are cut, so that no client can fill tables with them
+SALTS = ("cache_salt", "lora_path")  # vLLM's field and SGLang's
 MAX_OUTPUT_TOKENS = 2**31 - 1  # caps above are as good as none
 
 Ids = Sequence[Any]
@@ -42,7 +43,7 @@ class Request:
         stream: whether it asks for a streamed answer.
         max_output_tokens: its output cap, None when it sets none.
         affinity_key: its cache key, session or user, the first that is there; None without any.
-        salts: what separates its cache from that of the same text (`cache_salt`, SGLang's `lora_path`).
+        salts: (field, value) of what separates its cache from that of the same text.
     """
 
     content: Conversation | RawPrompts
@@ -50,7 +51,7 @@ class Request:
     stream: bool = False
     max_output_tokens: int | None = None
     affinity_key: str | None = None
-    salts: tuple[str, ...] = ()
+    salts: tuple[tuple[str, str], ...] = ()
 
 
 def read_request(body: bytes | Mapping[str, Any], endpoint: str) -> Request:
@@ -65,14 +66,13 @@ def read_request(body: bytes | Mapping[str, Any], endpoint: str) -> Request:
     fields = parse(body) if isinstance(body, (bytes, bytearray, memoryview)) else as_mapping(body)
     if fields is None:
         raise PromptError(f"body: expected a JSON object, got {type(body).__name__}")
-    model = fields.get("model")
     return Request(
         _CONTENT_READERS[known](fields),
-        model=model[:NAME_CHARS] if isinstance(model, str) else "",
+        model=_name(fields.get("model")),
         stream=fields.get("stream") is True,
         max_output_tokens=_max_output_tokens(fields),
         affinity_key=_affinity_key(fields),
-        salts=tuple(value for name in ("cache_salt", "lora_path") if isinstance(value := fields.get(name), str)),
+        salts=tuple((name, value) for name in SALTS if isinstance(value := fields.get(name), str)),
     )
 
 
@@ -160,4 +160,9 @@ def _affinity_key(body: Mapping[str, Any]) -> str | None:
         body.get("user"),
         body.get("safety_identifier"),
     )
-    return next((name[:NAME_CHARS] for name in names if isinstance(name, str) and name), None)
+    return next((name for name in map(_name, names) if name), None)
+
+
+def _name(value: Any) -> str:
+    """A string of bounded length that can be encoded; "" for what is no string."""
+    return as_text(value)[:NAME_CHARS].encode("utf-8", "replace").decode()

@@ -124,7 +124,7 @@ class PromptBuilder:
             max_output_tokens=request.max_output_tokens,
             affinity_key=request.affinity_key,
             # Hashed: a salt is a secret between a tenant and its engine.
-            cache_key=self._digest("\0".join(request.salts).encode(), b"salt").hex() if request.salts else "",
+            cache_key=self._digest(repr(request.salts).encode(), b"salt").hex() if request.salts else "",
             exact=exact,
         )
         return self._looked_up(model.vocabulary, pieces, build)

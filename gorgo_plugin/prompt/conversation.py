@@ -123,8 +123,8 @@ def read_part(value: Any, where: str) -> Part:
     part = as_mapping(value)
     if part is None:
         raise PromptError(f"{where}: expected an object with a type, got {type(value).__name__}")
-    kind = part.get("type")
-    if kind in TEXT_KINDS or (kind is None and "text" in part):
+    kind = as_text(part.get("type"))
+    if kind in TEXT_KINDS or (not kind and "text" in part):
         text = part.get("refusal") if kind == "refusal" else part.get("text")
         if not isinstance(text, str):
             raise PromptError(f"{where}.text: expected a string, got {type(text).__name__}")
@@ -132,12 +132,13 @@ def read_part(value: Any, where: str) -> Part:
     source = as_mapping(part.get("source"))
     if source is not None and source.get("type") == "text" and isinstance(source.get("data"), str):
         return as_text(source["data"])  # a plain-text document
-    return Media(_payload(part, kind))
+    payload = _payload(part, kind)
+    # Without its header a data URI equals the base64 text other dialects hold.
+    return Media(payload.partition(",")[2] if payload.startswith("data:") else payload)
 
 
-def _payload(part: Mapping[str, Any], kind: Any) -> str:
-    named = part.get(kind) if isinstance(kind, str) else None
-    for holder in (named, part.get("source"), part):
+def _payload(part: Mapping[str, Any], kind: str) -> str:
+    for holder in (part.get(kind), part.get("source"), part):
         if isinstance(holder, str):
             return holder
         inner = as_mapping(holder)

@@ -1,0 +1,93 @@
+"""Whatever a body holds, the answer is a prompt or one sentence that names the field."""
+
+import json
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gorgo_plugin import Prompt, PromptError, Settings
+from gorgo_plugin.prompt import ENDPOINTS, PromptBuilder
+
+BUILDER = PromptBuilder(Settings.model_validate({"prepare": {"image_tokens": 4}}), secret=b"test")
+
+KEYS = st.sampled_from(
+    [
+        *("role", "content", "type", "text", "name", "tool_calls", "function", "arguments", "id", "image_url", "url"),
+        *("source", "data", "input", "tool_use_id", "call_id", "output", "summary", "thinking", "description"),
+        *("parameters", "input_schema", "session_id", "user_id"),
+    ]
+)
+KINDS = st.sampled_from(
+    [
+        *("text", "input_text", "output_text", "image_url", "input_image", "image", "tool_use", "tool_result"),
+        *("thinking", "function_call", "function_call_output", "reasoning", "message", "refusal", "document", "base64"),
+    ]
+)
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "developer"])
+# Surrogates too: a JSON parser may hand them over.
+STRINGS = st.text(st.characters(), max_size=6) | KINDS | ROLES
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | STRINGS
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | STRINGS, inner, max_size=5),
+    max_leaves=12,
+)
+TYPED = st.dictionaries(KEYS, VALUES, max_size=4).flatmap(
+    lambda other: st.fixed_dictionaries({"type": KINDS, "text": STRINGS}).map(lambda part: other | part)
+)
+MESSAGES = st.fixed_dictionaries({"role": ROLES, "content": STRINGS | st.lists(TYPED, max_size=4) | VALUES}).flatmap(
+    lambda message: st.dictionaries(KEYS, VALUES, max_size=3).map(lambda other: other | message)
+)
+FIELDS = {
+    "messages": st.lists(MESSAGES | TYPED, max_size=4) | VALUES,
+    "input": st.lists(MESSAGES | TYPED, max_size=4) | VALUES,
+    "prompt": VALUES | st.lists(st.integers(0, 9), max_size=4),
+    "system": VALUES,
+    "instructions": VALUES,
+    "tools": st.lists(TYPED, max_size=3) | VALUES,
+    "metadata": VALUES,
+    "model": VALUES,
+    "stream": VALUES,
+    "max_tokens": VALUES,
+    "cache_salt": VALUES,
+    "user": VALUES,
+    "chat_template_kwargs": VALUES,
+    "continue_final_message": st.booleans(),
+}
+BODIES = st.fixed_dictionaries({}, optional=FIELDS)
+
+
+def check(body: Any, endpoint: str) -> None:
+    try:
+        prompt = BUILDER.prepare(body, endpoint)
+    except PromptError as error:
+        sentence = str(error)
+        assert ": " in sentence
+        assert "\n" not in sentence
+        assert "cannot be read as a prompt" not in sentence  # the last resort, for objects that raise
+    else:
+        assert isinstance(prompt, Prompt)
+        for name in (prompt.model, prompt.cache_key, prompt.affinity_key or ""):
+            assert len(name.encode()) <= 4 * 256
+
+
+@settings(deadline=None, derandomize=True, max_examples=400)
+@given(body=BODIES | VALUES, endpoint=st.sampled_from(ENDPOINTS))
+@example(body={"messages": [{"role": "user", "content": [{"type": [], "text": 1}]}]}, endpoint="/v1/chat/completions")
+@example(body={"messages": [{"role": "user", "content": "a"}], "cache_salt": "\ud800"}, endpoint="/v1/chat/completions")
+def test_any_mapping_is_a_prompt_or_a_clear_error(body: Any, endpoint: str) -> None:
+    check(body, endpoint)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(body=BODIES | VALUES, endpoint=st.sampled_from(ENDPOINTS))
+def test_any_json_is_a_prompt_or_a_clear_error(body: Any, endpoint: str) -> None:
+    check(json.dumps(body).encode(), endpoint)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(body=st.binary(max_size=40), endpoint=st.sampled_from(ENDPOINTS))
+def test_any_bytes_are_a_prompt_or_a_clear_error(body: bytes, endpoint: str) -> None:
+    check(body, endpoint)
+    check(b'{"messages": [{"role": "user", "content": "' + body + b'"}]}', endpoint)

@@ -1,0 +1,109 @@
+"""Whatever messages say, the pieces of a prompt join to the ids of the whole."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from gorgo_plugin import Settings
+from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.prompt.sources import embedded_tokenizer
+from tests import prompt_tokenizers as small
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+STYLES = {
+    "chatml": (small.chatml, small.CHATML),
+    "rewrites earlier turns": (small.chatml, small.FORGETS_THOUGHTS),
+    "headers": (small.headers, small.HEADERS),
+    "prefix space everywhere": (lambda: small.prefix_space("normalizer"), small.BRACKETS),
+    "prefix space first": (lambda: small.prefix_space("first"), small.BRACKETS),
+    "cannot be cut": (lambda: small.prefix_space("normalizer", normalized=True), small.BRACKETS),
+    "strips to the right": (lambda: small.byte_level("<|im_start|>", "<|im_end|>", rstrip=True), small.CHATML),
+}
+
+# Text is put together from what tokenizers and templates could stumble over.
+FRAGMENTS = st.sampled_from(
+    [
+        *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "</s>", "<s>", "[INST]", "[/INST]"),
+        *("<tool_call>", "<think>", "</think>", "<|", "|>", "<|im_", "user", "\nassistant\n", " ", "  ", "\n", "\n\n"),
+        *(
+            "\r\n",
+            "\t",
+            "a",
+            " a",
+            "A",
+            "Hello",
+            "'s",
+            "123",
+            "4",
+            ".",
+            "...",
+            "é",
+            "e\u0301",
+            "\u0301",
+            "漢",
+            "🙂\u200d",
+        ),
+        *("\u00a0", "\u3000", "▁", "\ufeff", "\x00"),
+    ]
+)
+TEXTS = st.lists(FRAGMENTS | st.text(max_size=8), max_size=12).map("".join)
+LONG_TEXTS = st.lists(FRAGMENTS | st.sampled_from(["\nA", "\nnext line "]), min_size=5, max_size=20).map(
+    lambda fragments: "".join(fragments) * 60
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS | LONG_TEXTS}),
+    min_size=1,
+    max_size=6,
+)
+
+
+@cache
+def style(name: str) -> tuple[PromptBuilder, Tokenizer, Any]:
+    make, template = STYLES[name]
+    tokenizer = make()
+    with TemporaryDirectory() as folder:
+        path = small.save(Path(folder), tokenizer, template, **TOKENS)
+        builder = PromptBuilder(Settings.model_validate({"tokenizer": path}), secret=b"test")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return builder, tokenizer, environment.from_string(template)
+
+
+@pytest.mark.parametrize("name", list(STYLES))
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(messages=MESSAGES)
+def test_a_chat_gives_the_ids_of_the_whole(name: str, messages: list[dict[str, str]]) -> None:
+    builder, tokenizer, template = style(name)
+    text = template.render(messages=messages, add_generation_prompt=True, **TOKENS)
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    for _ in range(2):  # the second time from the cache
+        assert builder.prepare({"messages": messages}, "/v1/chat/completions").tokens.tolist() == expected
+    assert builder.plan({"messages": messages}, "/v1/chat/completions").cold_chars == 0
+
+
+@pytest.mark.parametrize("name", list(STYLES))
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(text=TEXTS | LONG_TEXTS)
+def test_raw_text_gives_the_ids_of_the_whole(name: str, text: str) -> None:
+    builder, tokenizer, _ = style(name)
+    assert builder.prepare({"prompt": text}, "/v1/completions").tokens.tolist() == tokenizer.encode(text).ids
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(messages=MESSAGES)
+def test_the_embedded_tokenizer_gives_the_ids_of_the_whole(messages: list[dict[str, str]]) -> None:
+    builder, tokenizer = embedded()
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    expected = tokenizer.encode("".join(turns) + "<|im_start|>assistant\n", add_special_tokens=False).ids
+    assert builder.prepare({"messages": messages}, "/v1/chat/completions").tokens.tolist() == expected
+
+
+@cache
+def embedded() -> tuple[PromptBuilder, Tokenizer]:
+    return PromptBuilder(Settings(), secret=b"test"), embedded_tokenizer().tokenizer
