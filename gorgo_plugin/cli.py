@@ -20,6 +20,7 @@ class _Lazy(NamedTuple):
 
 COMMANDS = {
     "demo": _Lazy("gorgo_plugin.fleet.commands", "demo", "demo"),
+    "explain": _Lazy("gorgo_plugin.explain", "explain", "litellm"),
     "mock-upstream": _Lazy("gorgo_plugin.fleet.commands", "mock_upstream", "demo"),
 }
 

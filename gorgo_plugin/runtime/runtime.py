@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import secrets
 import time
 import weakref
@@ -18,6 +19,7 @@ from gorgo_plugin.policies import POLICIES
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
 from gorgo_plugin.runtime.background import Background, Job
+from gorgo_plugin.runtime.explain import explanation
 from gorgo_plugin.runtime.hub import with_local_tokenizers
 from gorgo_plugin.runtime.metrics import Metrics, Reading
 from gorgo_plugin.runtime.probes import ProbeJob, Watch
@@ -168,6 +170,24 @@ class Runtime:
     def status(self) -> dict[str, Any]:
         """The state as JSON-able data: no prompts, no keys, no userinfo of URLs."""
         return status.status(self)
+
+    async def explain(self, body: Body, endpoint: str, model: str | None = None) -> dict[str, Any]:
+        """What would be chosen for this body now, and every replica's price, as JSON-able data; routes nothing.
+
+        It tells what is cached where, which no tenant may learn of another: only for administrators.
+
+        Raises:
+            PromptError: the body holds no prompt.
+            NoCandidates: no replica serves the model.
+        """
+        prompt = await self.prepare(body, endpoint, model)
+        return {
+            "gateway": self.gateway,
+            "worker": os.getpid(),
+            "uptime_s": time.monotonic() - self.started_s,
+            "mode": self.settings.mode,
+            **explanation(self.router, prompt, endpoint),
+        }
 
     def watches(self, replica: str) -> Iterator[tuple[str, Watch]]:
         """("probe" | "scrape", what became of it) for one replica."""
