@@ -30,6 +30,8 @@ def pages() -> dict[str, str]:
 
 def settings_page() -> str:
     """Every setting with its type, default and meaning."""
+    from gorgo_plugin.litellm_strategy.deployments import DeploymentSettings  # imports LiteLLM, which takes seconds
+
     published = ", ".join(f"`{name}` {rtt:g}/{queue:g}" for name, (rtt, queue) in PUBLISHED_WEIGHTS.items())
     parts = [
         "# Settings",
@@ -38,7 +40,7 @@ def settings_page() -> str:
         "`Settings.model_validate`. Unknown keys are refused.",
         f"Policies: {', '.join(f'`{name}`' for name in POLICIES)}. Published weights (rtt/queue): {published}.",
     ]
-    for path, schema in _schemas(Settings, ""):
+    for path, schema in (*_schemas(Settings, ""), *_schemas(DeploymentSettings, "model_info.gorgo")):
         parts += [f"## {f'`{path}`' if path else 'Top level'}", *_intro(schema, path), _settings_table(schema, path)]
     return "\n\n".join(parts) + "\n"
 
@@ -47,8 +49,8 @@ def _schemas(schema: type[BaseModel], path: str) -> Iterator[tuple[str, type[Bas
     yield path, schema
     for name, field in schema.model_fields.items():
         for nested in _nested(field.annotation):
-            steps = {list: f"{name}[]", dict: f"{name}.NAME"}
-            step = steps.get(get_origin(field.annotation) or type(None), name)
+            steps: dict[Any, str] = {list: f"{name}[]", dict: f"{name}.NAME"}
+            step = steps.get(get_origin(field.annotation), name)
             yield from _schemas(nested, f"{path}.{step}" if path else step)
 
 
@@ -118,21 +120,21 @@ def _default_text(field: FieldInfo) -> str:
 
 def cli_page() -> str:
     """The help of every command."""
+    width = {"max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}
+    root = click.Context(command, info_name="gorgo", **command.context_settings, **width)
     parts = ["# The command `gorgo`", GENERATED]
-    for path, entry in _commands(command, "gorgo"):
-        context = click.Context(entry, info_name=path, max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH)
-        parts += [f"## `{path}`", f"```\n{entry.get_help(context)}\n```"]
+    for context in _commands(root):
+        parts += [f"## `{context.command_path}`", f"```\n{context.get_help()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def _commands(entry: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    yield path, entry
-    if isinstance(entry, click.Group):
-        context = click.Context(entry)
-        for name in entry.list_commands(context):
-            nested = entry.get_command(context, name)
+def _commands(context: click.Context) -> Iterator[click.Context]:
+    yield context
+    if isinstance(context.command, click.Group):
+        for name in context.command.list_commands(context):
+            nested = context.command.get_command(context, name)
             if nested is not None:
-                yield from _commands(nested, f"{path} {name}")
+                yield from _commands(click.Context(nested, context, name, **nested.context_settings))
 
 
 def metrics_page() -> str:
