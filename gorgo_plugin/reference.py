@@ -120,8 +120,13 @@ def _default_text(field: FieldInfo) -> str:
 
 def cli_page() -> str:
     """The help of every command."""
-    width = {"max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}
-    root = click.Context(command, info_name="gorgo", **command.context_settings, **width)
+    root = click.Context(
+        command,
+        info_name="gorgo",
+        terminal_width=HELP_WIDTH,
+        max_content_width=HELP_WIDTH,
+        **command.context_settings,
+    )
     parts = ["# The command `gorgo`", GENERATED]
     for context in _commands(root):
         parts += [f"## `{context.command_path}`", f"```\n{context.get_help()}\n```"]
