@@ -19,6 +19,7 @@ class _Lazy(NamedTuple):
 
 
 COMMANDS = {
+    "bench": _Lazy("gorgo_plugin.fleet.bench_commands", "bench", "demo"),
     "demo": _Lazy("gorgo_plugin.fleet.commands", "demo", "demo"),
     "explain": _Lazy("gorgo_plugin.explain", "explain", "litellm"),
     "mock-upstream": _Lazy("gorgo_plugin.fleet.commands", "mock_upstream", "demo"),

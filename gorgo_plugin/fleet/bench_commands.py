@@ -1,0 +1,61 @@
+"""The command `gorgo bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure; each benchmark prints a table and writes its figures as JSON."""
+
+
+@bench.command("litellm")
+@click.option("--rounds", default=7, type=click.IntRange(1), help="Rounds; both proxies are measured in each.")
+@click.option(
+    "--out", default="out/bench-litellm", type=click.Path(path_type=Path), help="Folder for figures and logs."
+)
+def bench_litellm(rounds: int, out: Path) -> None:
+    """What the plugin costs LiteLLM, against simple-shuffle on the same proxy."""
+    import asyncio
+    from dataclasses import asdict
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    from gorgo_plugin.fleet.bench_litellm import bench_loop, bench_overhead
+    from gorgo_plugin.fleet.machine import machine
+
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.watch"):
+        old.unlink()
+    with console.status("starting") as status:
+        overheads = asyncio.run(bench_overhead(out, rounds, status.update))
+        loops = asyncio.run(bench_loop(out, rounds, status.update))
+    costs = Table(
+        title=f"gorgo over simple-shuffle on the same LiteLLM, medians of {rounds} interleaved rounds (range)"
+    )
+    for heading in ("load", "CPU ratio", "CPU ms gorgo / shuffle", "throughput ratio", "p50 ms gorgo / shuffle"):
+        costs.add_column(heading, justify="left" if heading == "load" else "right")
+    for row in overheads:
+        costs.add_row(
+            row.load,
+            f"{row.cpu_ratio:.3f} ({row.cpu_ratio_range[0]:.3f}-{row.cpu_ratio_range[1]:.3f})",
+            f"{row.ours.cpu_ms_per_request:.2f} / {row.theirs.cpu_ms_per_request:.2f}",
+            f"{row.throughput_ratio:.3f} ({row.throughput_ratio_range[0]:.3f}-{row.throughput_ratio_range[1]:.3f})",
+            f"{row.ours.p50_ms:.1f} / {row.theirs.p50_ms:.1f}",
+        )
+    lags = Table(title="Event loop under 16 clients (ms)")
+    for heading in ("proxy", "lag p50", "p99", "p99.9", "max", "own hold p99.9", "max"):
+        lags.add_column(heading, justify="left" if heading == "proxy" else "right")
+    for loop in loops:
+        name, *times = asdict(loop).values()
+        lags.add_row(name, *("-" if ms is None else f"{ms:.1f}" for ms in times))
+    console.print(costs, lags)
+    figures = {"machine": machine(), "overhead": list(map(asdict, overheads)), "loop": list(map(asdict, loops))}
+    (out / "bench-litellm.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    console.print(f"Figures: {out / 'bench-litellm.json'}")

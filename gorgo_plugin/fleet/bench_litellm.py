@@ -1,0 +1,229 @@
+"""What the plugin costs LiteLLM: the same proxy with simple-shuffle and with gorgo, in turn, before instant upstreams.
+
+Prompts are conversations of about 20,000 tokens that grow by a turn with every request. CPU is the proxy process's own
+(user and system, all threads), so the load generator and the upstreams do not count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+
+from gorgo_plugin.fleet.gateway import MODEL, ROWS, Row, litellm_config, litellm_proxy
+from gorgo_plugin.fleet.instant import instant_upstreams
+from gorgo_plugin.fleet.loadgen import Outcome, Shot, Target, replay
+from gorgo_plugin.fleet.passages import Passage
+from gorgo_plugin.fleet.processes import Child, ProcessError
+
+LOOP_WATCH_FILE = "GORGO_LOOP_WATCH"  # environment variable: where `loop_watch` writes
+OURS, THEIRS = ROWS["gorgo"], ROWS["simple-shuffle"]
+UPSTREAMS = 3
+BASE_WORDS = 18_000
+TURN_WORDS = 100
+KV_TOKENS = 10_000_000  # instant upstreams have no cache to overflow
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How one figure is measured: clients in a closed loop, turns each, after one turn that is not counted."""
+
+    clients: int
+    turns: int
+    cold: bool = False  # every request a prompt never seen before
+
+
+LOADS = {
+    "1 client": Load(1, 40),
+    "16 clients": Load(16, 12),
+    "1 client, every prompt new": Load(1, 15, cold=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One proxy under one load."""
+
+    cpu_ms_per_request: float
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """gorgo over simple-shuffle under one load: medians over the rounds of the ratio within a round, and its range."""
+
+    load: str
+    cpu_ratio: float
+    cpu_ratio_range: tuple[float, float]
+    throughput_ratio: float
+    throughput_ratio_range: tuple[float, float]
+    ours: Reading
+    theirs: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class LoopFigures:
+    """How late the event loop of a proxy ran, and the plugin's own longest hold of it (None where it is not there)."""
+
+    name: str
+    lag_p50_ms: float
+    lag_p99_ms: float
+    lag_p999_ms: float
+    lag_max_ms: float
+    hold_p999_ms: float | None
+    hold_max_ms: float | None
+
+
+class Conversations:
+    """Bodies of growing conversations; no two runs share one, so nothing is warm from before."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def begin(self) -> Iterator[bytes]:
+        """The requests of one new conversation."""
+        name = f"bench/{next(self._numbers)}"
+        messages = [{"role": "system", "content": Passage(name, BASE_WORDS).text}]
+        for turn in itertools.count():
+            messages.append({"role": "user", "content": Passage(f"{name}/{turn}", TURN_WORDS).text})
+            yield msgspec.json.encode(
+                {"model": MODEL, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+            )
+            messages.append({"role": "assistant", "content": Passage(f"{name}/{turn}/reply", TURN_WORDS).text})
+
+
+async def measure(target: Target, child: Child, load: Load, talks: Conversations) -> Reading:
+    """Run a load against a proxy.
+
+    Raises:
+        ProcessError: a request was not answered.
+    """
+    bodies = [talks.begin() for _ in range(load.clients)]
+    await asyncio.gather(*(_turn(target, next(body)) for body in bodies))
+    process = psutil.Process(child.pid)
+
+    async def client(body: Iterator[bytes]) -> list[Outcome]:
+        return [await _turn(target, next(talks.begin() if load.cold else body)) for _ in range(load.turns)]
+
+    cpu_s, began_s = _cpu_s(process), time.monotonic()
+    outcomes = list(itertools.chain(*await asyncio.gather(*(client(body) for body in bodies))))
+    took_s, used_s = time.monotonic() - began_s, _cpu_s(process) - cpu_s
+    times = [outcome.e2e_ms for outcome in outcomes if outcome.e2e_ms is not None]
+    p50, p99 = np.percentile(times, (50, 99)).tolist()
+    return Reading(used_s * 1e3 / len(outcomes), len(outcomes) / took_s, p50, p99)
+
+
+async def _turn(target: Target, body: bytes) -> Outcome:
+    (outcome,) = await replay(target, [Shot(0.0, body)])
+    if outcome.error is not None:
+        raise ProcessError(f"{target.url} did not answer: {outcome.error}")
+    return outcome
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+@contextlib.asynccontextmanager
+async def _both(folder: Path, watched: bool = False) -> AsyncIterator[dict[str, tuple[Target, Child]]]:
+    """The two proxies side by side, each with upstreams of its own."""
+    async with contextlib.AsyncExitStack() as stack:
+        proxies = {}
+        for row in (THEIRS, OURS):
+            urls = await stack.enter_async_context(instant_upstreams(UPSTREAMS, row.name))
+            config = _config(row, urls, watched)
+            name = f"{row.name}-watched" if watched else row.name
+            if watched:
+                os.environ[LOOP_WATCH_FILE] = str(folder / f"{name}.watch")
+            proxies[row.name] = await stack.enter_async_context(litellm_proxy(config, folder, name))
+        yield proxies
+
+
+def _config(row: Row, urls: dict[str, str], watched: bool) -> dict[str, Any]:
+    config = litellm_config(row, urls, KV_TOKENS, seed=0)
+    if row is OURS:
+        del config["router_settings"]["routing_strategy_args"]["probe"]  # the instant upstreams have no /health
+    if watched:
+        config.setdefault("litellm_settings", {}).setdefault("callbacks", []).append(
+            "gorgo_plugin.fleet.loop_watch.callback"
+        )
+    return config
+
+
+async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None]) -> list[Overhead]:
+    """CPU per request and throughput of both proxies, in turn, `rounds` times for each load."""
+    talks = Conversations()
+    readings: dict[tuple[str, str], list[Reading]] = {}
+    async with _both(folder) as proxies:
+        for row in proxies:  # imports, connections and the first cold prompt
+            await measure(*proxies[row], Load(4, 5), talks)
+        for number in range(rounds):
+            for name, load in LOADS.items():
+                for row in proxies if number % 2 == 0 else reversed(proxies):
+                    reading = await measure(*proxies[row], load, talks)
+                    readings.setdefault((name, row), []).append(reading)
+                done(f"round {number + 1} of {rounds}: {name}")
+    return [_overhead(name, readings[name, OURS.name], readings[name, THEIRS.name]) for name in LOADS]
+
+
+def _overhead(load: str, ours: Sequence[Reading], theirs: Sequence[Reading]) -> Overhead:
+    cpu = [own.cpu_ms_per_request / other.cpu_ms_per_request for own, other in zip(ours, theirs, strict=True)]
+    throughput = [own.requests_per_s / other.requests_per_s for own, other in zip(ours, theirs, strict=True)]
+    return Overhead(
+        load,
+        statistics.median(cpu),
+        (min(cpu), max(cpu)),
+        statistics.median(throughput),
+        (min(throughput), max(throughput)),
+        _median(ours),
+        _median(theirs),
+    )
+
+
+def _median(readings: Sequence[Reading]) -> Reading:
+    columns = zip(*(asdict(reading).values() for reading in readings), strict=True)
+    return Reading(*(statistics.median(column) for column in columns))
+
+
+async def bench_loop(folder: Path, rounds: int, done: Callable[[str], None]) -> list[LoopFigures]:
+    """Event-loop lag of both proxies under 16 clients with new prompts among the growing ones, in turn."""
+    talks = Conversations()
+    spans: dict[str, list[tuple[float, float]]] = {THEIRS.name: [], OURS.name: []}
+    async with _both(folder, watched=True) as proxies:
+        for row in proxies:
+            await measure(*proxies[row], Load(4, 5), talks)
+        for number in range(rounds):
+            for row, (target, child) in proxies.items():
+                began_s = time.monotonic()
+                await asyncio.gather(
+                    measure(target, child, Load(15, 6), talks), measure(target, child, Load(1, 6, cold=True), talks)
+                )
+                spans[row].append((began_s, time.monotonic()))
+            done(f"event loop: round {number + 1} of {rounds}")
+        await asyncio.sleep(1.5)  # the watchers write twice a second
+    return [_loop_figures(row, folder / f"{row}-watched.watch", spans[row]) for row in spans]
+
+
+def _loop_figures(name: str, path: Path, spans: Sequence[tuple[float, float]]) -> LoopFigures:
+    noted: dict[str, list[float]] = {"lag": [], "hold": []}
+    for line in path.read_text().splitlines():
+        kind, at_s, ms = line.split()
+        if any(began_s <= float(at_s) <= ended_s for began_s, ended_s in spans):
+            noted[kind].append(float(ms))
+    lag = np.percentile(noted["lag"], (50, 99, 99.9, 100)).tolist()
+    hold = np.percentile(noted["hold"], (99.9, 100)).tolist() if noted["hold"] else [None, None]
+    return LoopFigures(name, *lag, *hold)
