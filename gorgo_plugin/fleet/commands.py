@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -110,3 +111,42 @@ def mock_upstream(
         asyncio.run(serve(settings))
     except OSError as error:
         raise click.ClickException(f"--host {host} --port {port}: {error.strerror or error}") from None
+
+
+@click.command()
+@click.option("--trace", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Mooncake-format file.")
+@click.option("--requests", type=click.IntRange(10), help="Requests of a row; without it 300, with --trace 300.")
+@click.option("--rows", help="Comma-separated rows; without it the five of the README.")
+@click.option("--gateway", default="litellm", type=click.Choice(["litellm"]), help="The gateway in front.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Seeds workload, engines and policies.")
+@click.option("--out", default="out/demo", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.")
+@click.option("--time-scale", type=click.FloatRange(0.1, 100), help="Stretches arrivals; without it 1, with --trace 2.")
+def demo(
+    trace: Path | None,
+    requests: int | None,
+    rows: str | None,
+    gateway: str,
+    seed: int,
+    out: Path,
+    time_scale: float | None,
+) -> None:
+    """Compare routing strategies on three mock regions behind the real LiteLLM proxy.
+
+    Every row replays the same requests on fresh replicas at 37, 279 and 456 ms. Prints one table and writes demo.json,
+    demo.png and the logs to the folder of results.
+    """
+    import asyncio
+
+    from gorgo_plugin.fleet.demo import DemoSettings
+    from gorgo_plugin.fleet.gateway import DEFAULT_ROWS, ROWS
+    from gorgo_plugin.fleet.show import show_demo
+
+    names = tuple(name.strip() for name in rows.split(",")) if rows else DEFAULT_ROWS
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise click.BadParameter(f"unknown row '{unknown[0]}'; known: {', '.join(ROWS)}", param_hint="--rows")
+    settings = DemoSettings(trace, requests, names, seed, time_scale, out)
+    try:
+        asyncio.run(show_demo(settings))
+    except asyncio.CancelledError:
+        raise click.Abort from None

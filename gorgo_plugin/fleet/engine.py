@@ -45,8 +45,8 @@ class EngineProfile:
     """Milliseconds that each decoding request adds to a step."""
     noise: float = 0.02
     """Spread of step times: sigma of a log-normal factor."""
-    step_tokens: int = 8192
-    """Token budget of a step, shared by decodes and prefill chunks; vLLM's common setting."""
+    step_tokens: int = 2048
+    """Token budget of a step, shared by decodes and prefill chunks; vLLM's default on GPUs of this class."""
     block_tokens: int = 16
     """Tokens of a KV block; vLLM's default."""
     kv_tokens: int = 600_000

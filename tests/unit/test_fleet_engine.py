@@ -18,7 +18,8 @@ from gorgo_plugin.fleet.engine import (
     Tokens,
 )
 
-EXACT = EngineProfile(noise=0.0)
+EXACT = EngineProfile(noise=0.0, step_tokens=8192)
+CURVED = EngineProfile(noise=0.0, step_tokens=8192, t0_ms=9.8, p_ms=0.0008, a_ms=0.051, b_ms=5.7e-5)
 
 
 def request(name: str, prompt: int, output: int = 1, start: int = 0, blocks: int | None = None) -> EngineRequest:
@@ -49,7 +50,7 @@ def ttft_ms(profile: EngineProfile, prompt: int, cached: int) -> float:
     return (first_tokens(run(engine))["it"].at_s - 1000.0) * 1e3
 
 
-@pytest.mark.parametrize("profile", [EXACT, EngineProfile(noise=0, t0_ms=9.8, p_ms=0.0008, a_ms=0.051, b_ms=5.7e-5)])
+@pytest.mark.parametrize("profile", [EXACT, CURVED])
 @pytest.mark.parametrize(("prompt", "cached"), [(1, 0), (1000, 0), (8000, 0), (7008, 6000), (8000, 7984)])
 def test_time_to_first_token_of_a_lone_prompt_follows_the_formula(
     profile: EngineProfile, prompt: int, cached: int
