@@ -139,7 +139,15 @@ def _ask_gateway(
     url = status_url if urlsplit(status_url).path.strip("/") else urljoin(status_url, STATUS_PATH)
     asked = {"endpoint": endpoint, "model": body.get("model"), "body": body}
     explained = _request(urljoin(url, "explain"), key, asked)
-    return (explained, None) if explained is not None else (None, _request(url, key, None))
+    return (
+        (explained, None) if explained is not None else (None, _of_model(_request(url, key, None), body.get("model")))
+    )
+
+
+def _of_model(status: dict[str, Any] | None, model: Any) -> dict[str, Any] | None:
+    """The part of a status page that holds for the model: a gateway may route its model groups in several ways."""
+    states = () if status is None else (status, *status.get("others", ()))
+    return next((state for state in states if model in state.get("model_groups", ())), status)
 
 
 def _request(url: str, key: str | None, payload: Any) -> dict[str, Any] | None:

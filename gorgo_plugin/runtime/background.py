@@ -10,6 +10,10 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+# Name lookups run in threads, made as needed; enough that those that hang do not hold up the others.
+LOOKUP_THREADS = 64
 
 Job = Callable[[], Coroutine[object, object, None]]
 
@@ -78,6 +82,7 @@ class Background:
         changed = asyncio.Event()
         with self._lock:
             self._loop, self._changed = asyncio.get_running_loop(), changed
+            self._loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix=self._name))
         tasks: dict[Hashable, asyncio.Task[None]] = {}
         while not self._stopped:
             changed.clear()

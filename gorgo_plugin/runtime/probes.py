@@ -92,40 +92,50 @@ def root_url(url: str, path: str) -> str:
     return url.rstrip("/").removesuffix("/v1") + "/" + path.lstrip("/")
 
 
-async def connect_rtt(host: str, port: int) -> float:
-    """Seconds of one TCP handshake. Name resolution is not part of it.
+class Handshakes:
+    """Measures TCP handshakes with one address; resolving its name is not part of it."""
 
-    Raises:
-        Unreachable: no address of the host accepted the connection.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        addresses = await _resolve(host, port)
-    except OSError as error:
-        raise Unreachable(failure_kind(error)) from error
-    failure: OSError = ConnectionRefusedError()
-    for family, address in addresses:
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
-            sock.setblocking(False)
-            started = time.perf_counter()
-            try:
-                await loop.sock_connect(sock, address)
-            except OSError as error:
-                failure = error
-                continue
-            elapsed = time.perf_counter() - started
-            # A busy process sees the handshake late, a lost SYN costs a second: neither is network.
-            return min(elapsed, _kernel_rtt_s(sock) or elapsed)
-    raise Unreachable(failure_kind(failure)) from failure
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._lookup: asyncio.Future[list[Any]] | None = None
 
+    async def rtt_s(self) -> float:
+        """Seconds of one handshake.
 
-async def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            socket.inet_pton(family, host)
-            return [(family, (host, port))]
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [(family, address) for family, _, _, _, address in found]
+        Raises:
+            Unreachable: no address of the host accepted the connection.
+        """
+        try:
+            addresses = await self._addresses()
+        except OSError as error:
+            raise Unreachable(failure_kind(error)) from error
+        failure: OSError = ConnectionRefusedError()
+        for family, address in addresses:
+            with socket.socket(family, socket.SOCK_STREAM) as sock:
+                sock.setblocking(False)
+                started = time.perf_counter()
+                try:
+                    await asyncio.get_running_loop().sock_connect(sock, address)
+                except OSError as error:
+                    failure = error
+                    continue
+                elapsed = time.perf_counter() - started
+                # A busy process sees the handshake late, a lost SYN costs a second: neither is network.
+                return min(elapsed, _kernel_rtt_s(sock) or elapsed)
+        raise Unreachable(failure_kind(failure)) from failure
+
+    async def _addresses(self) -> list[tuple[socket.AddressFamily, Any]]:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError, ValueError):
+                socket.inet_pton(family, self._host)
+                return [(family, (self._host, self._port))]
+        # A lookup that hangs outlives the probe that asked for it and keeps its thread: never start a second one.
+        if self._lookup is None or self._lookup.done():
+            loop = asyncio.get_running_loop()
+            self._lookup = asyncio.ensure_future(loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM))
+            self._lookup.add_done_callback(lambda lookup: lookup.cancelled() or lookup.exception())
+        found = await asyncio.shield(self._lookup)
+        return [(family, address) for family, _, _, _, address in found]
 
 
 def _kernel_rtt_s(sock: socket.socket) -> float | None:
@@ -146,7 +156,8 @@ async def measuring(replica: ReplicaSettings, probe: ProbeSettings) -> AsyncIter
     if probe.path is None:
         parts = urlsplit(replica.url)
         host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
-        yield lambda: _bounded(connect_rtt(host, port), probe.timeout_s)
+        handshakes = Handshakes(host, port)
+        yield lambda: _bounded(handshakes.rtt_s(), probe.timeout_s)
         return
     async with _http_session(probe) as session:
         url = root_url(replica.url, probe.path)

@@ -87,7 +87,7 @@ class Runtime:
         self._background.request_stop()
         self.metrics.close()
         if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor.shutdown(wait=True)  # prompts under way are finished
         if not self._background.join(STOP_TIMEOUT_S):
             _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
 
@@ -149,13 +149,11 @@ class Runtime:
             raise
         if router is self.router:
             router.set_replicas(settings.replicas)
-        outgrown = self._executor if settings.prepare.threads != self.settings.prepare.threads else None
+        if settings.prepare.threads != self.settings.prepare.threads:
+            self._executor = None  # its threads end once the prompts under way are finished
         self.router, self.settings, self.settings_error = router, settings, None
         self.metrics.set_settings(settings)
         self._watch_replicas()
-        if outgrown is not None:
-            self._executor = None
-            outgrown.shutdown(wait=False)  # prompts under way are finished
 
     def refuse(self, reason: str) -> None:
         """Remember that new settings were refused before they got here, for status and metrics."""
@@ -198,9 +196,15 @@ class Runtime:
     async def _in_thread(self, work: Callable[[], Prompt]) -> Prompt:
         if self._stopped:
             return work()
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self.settings.prepare.threads, thread_name_prefix="gorgo-prepare")
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        executor = self._executor
+        if executor is None:
+            executor = ThreadPoolExecutor(self.settings.prepare.threads, thread_name_prefix="gorgo-prepare")
+            self._executor = executor
+        try:
+            future = asyncio.get_running_loop().run_in_executor(executor, work)
+        except RuntimeError:  # stopped by another thread just now
+            return work()
+        return await future
 
     def _watch_replicas(self) -> None:
         """Probe and scrape exactly the replicas of the settings; those that stay as they are keep their jobs."""

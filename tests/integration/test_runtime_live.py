@@ -7,6 +7,8 @@ import contextlib
 import gc
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -120,6 +122,41 @@ def test_a_runtime_that_is_dropped_without_being_stopped_ends_its_thread(listene
     assert gone() is None
     thread.join(WAIT_S)
     assert not thread.is_alive()
+
+
+def test_a_program_that_never_stops_it_ends_quietly(listener: int) -> None:
+    program = f"""
+import asyncio
+from gorgo_plugin import Settings
+from gorgo_plugin.runtime import Runtime
+probe = {{"path": "/health", "interval_s": 0.01, "timeout_s": 5.0}}
+replicas = [{{"name": "a", "url": "http://127.0.0.1:{listener}"}}, {{"name": "b", "url": "http://127.0.0.1:1"}}]
+runtime = Runtime(Settings.model_validate({{"replicas": replicas, "probe": probe, "prepare": {{"inline_chars": 0}}}}))
+runtime.ensure_started()
+asyncio.run(runtime.prepare({{"prompt": "hello"}}, "/v1/completions"))
+while not runtime.status()["replicas"]["b"]["probe"]["failures"]: pass
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert [line for line in done.stderr.splitlines() if "does not answer probes" not in line] == []
+
+
+async def test_prompts_under_way_are_finished_when_it_stops(listener: int) -> None:
+    runtime = Runtime(settings(listener, prepare={"inline_chars": 0, "threads": 1}))
+    under_way = [asyncio.create_task(runtime.prepare(chat(f"{i} " * 20_000), CHAT)) for i in range(4)]
+    await asyncio.sleep(0)
+    await runtime.stop()
+    assert [len(prompt) > 1000 for prompt in await asyncio.gather(*under_way)] == [True] * 4
+
+
+async def test_a_reload_with_more_threads_loses_no_prompt_and_no_thread(listener: int) -> None:
+    async with started(settings(listener, prepare={"inline_chars": 0, "threads": 1})) as runtime:
+        under_way = [asyncio.create_task(runtime.prepare(chat(f"{i} " * 20_000), CHAT)) for i in range(4)]
+        await asyncio.sleep(0)
+        runtime.reload(settings(listener, prepare={"inline_chars": 0, "threads": 2}))
+        assert [len(prompt) > 1000 for prompt in await asyncio.gather(*under_way)] == [True] * 4
+        await runtime.prepare(chat("new"), CHAT)
+        await until(lambda: gorgo_threads().count("gorgo-prepare_0") == 1)
 
 
 async def test_mode_off_starts_nothing(listener: int) -> None:

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gorgo_plugin.runtime.probes import ProbeJob, Unreachable, connect_rtt, measuring, root_url
+from gorgo_plugin.runtime.probes import Handshakes, ProbeJob, Unreachable, measuring, root_url
 from gorgo_plugin.runtime.scraper import ScrapeJob
 from gorgo_plugin.settings import MetricsSettings, ProbeSettings, ReplicaSettings
 from gorgo_plugin.signals.gauges import EngineGauges
@@ -98,7 +98,7 @@ async def test_a_handshake_is_measured_without_the_lag_of_a_busy_loop() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        measured = asyncio.create_task(connect_rtt("127.0.0.1", server.getsockname()[1]))
+        measured = asyncio.create_task(Handshakes("127.0.0.1", server.getsockname()[1]).rtt_s())
         await asyncio.sleep(0)
         time.sleep(0.1)
         assert 0.0 < await measured < 0.05
@@ -109,7 +109,35 @@ async def test_a_handshake_is_measured_without_the_lag_of_a_busy_loop() -> None:
 )
 async def test_a_failed_handshake_says_why(host: str, kind: str) -> None:
     with pytest.raises(Unreachable, match=f"^{kind}$"):
-        await connect_rtt(host, closed_port())
+        await Handshakes(host, closed_port()).rtt_s()
+
+
+async def test_a_handshake_over_ipv6_is_measured() -> None:
+    with socket.socket(socket.AF_INET6) as server:
+        server.bind(("::1", 0))
+        server.listen()
+        assert 0.0 < await Handshakes("::1", server.getsockname()[1]).rtt_s() < 0.05
+
+
+async def test_a_name_lookup_that_hangs_is_not_asked_again_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups: list[str] = []
+    answered = asyncio.Event()
+
+    async def hang(host: str, port: int, **_: object) -> list[object]:
+        lookups.append(host)
+        await answered.wait()
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
+    slow = ReplicaSettings(name="r", url="http://slow.invalid")
+    async with measuring(slow, ProbeSettings(timeout_s=0.02)) as measure:
+        for _ in range(3):
+            with pytest.raises(Unreachable, match=r"^timeout$"):
+                await measure()
+        assert lookups == ["slow.invalid"]
+        answered.set()
+        with pytest.raises(Unreachable, match=r"^dns$"):
+            await measure()
 
 
 async def test_a_handshake_that_hangs_times_out() -> None:
@@ -236,6 +264,9 @@ async def test_gauges_are_read_off_the_engines_root_and_a_new_start_time_means_a
             assert seen.events == [("gauges", EngineGauges(3.0, 1.0, 0.5, None))]
             started = 200.0
             await seen.until(lambda: ("forget", "r") in seen.events)
+            started, scraped = 100.0, job.watch.successes  # another process behind the same address
+            await seen.until(lambda: job.watch.successes > scraped + 2)
+            assert [kind for kind, _ in seen.events].count("forget") == 1
     assert paths == {"/metrics"}
 
 
