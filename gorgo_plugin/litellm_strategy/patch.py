@@ -57,7 +57,7 @@ class Host(Protocol):
     def updating(self, router: Any, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Settings are about to change; returns those that may."""
 
-    def updated(self, router: Any) -> None:
+    def updated(self, router: Any, changes: Mapping[str, Any]) -> None:
         """Settings have changed."""
 
     def replaced(self, args: Mapping[str, Any] | None) -> None:
@@ -107,6 +107,11 @@ def routing_context(router: Any, model: str) -> tuple[str | None, Any]:
     """(strategy, selector) that serve a model group."""
     strategy, selector = router._get_routing_context(model)
     return strategy, selector
+
+
+def default_selector(router: Any) -> Any:
+    """The selector of the default group, None when that does not use gorgo."""
+    return getattr(router, SELECTOR_ATTRIBUTE, None)
 
 
 def routing_group_of(router: Any, model: str) -> str | None:
@@ -300,10 +305,11 @@ def _constructing(original: Callable[..., Any], host: Host) -> Callable[..., Any
 
 def _updating(original: Callable[..., Any], host: Host) -> Callable[..., Any]:
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        changes = host.updating(self, kwargs)
         try:
-            return original(self, *args, **host.updating(self, kwargs))
+            return original(self, *args, **changes)
         finally:
-            host.updated(self)
+            host.updated(self, changes)
 
     return _like(update, original)
 

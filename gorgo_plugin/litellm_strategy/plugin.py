@@ -80,13 +80,16 @@ class Plugin:
             return {name: value for name, value in changes.items() if name not in ROUTING_KEYS}
         return changes
 
-    def updated(self, router: Any) -> None:
+    def updated(self, router: Any, changes: Mapping[str, Any]) -> None:
         """Put changed settings in force."""
         adapter = self._adapters.get(router)
         if router in self._refused:
             self._refused.discard(router)
         elif adapter is not None:
             self._join_proxy()
+            selector = patch.default_selector(router)
+            if ARGS in changes and isinstance(selector, Selector):
+                selector.args = changes[ARGS] or {}  # early releases keep a selector when only its arguments change
             adapter.try_settle()
 
     def replaced(self, args: Mapping[str, Any] | None) -> None:

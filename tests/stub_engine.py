@@ -1,0 +1,256 @@
+"""An OpenAI- and Anthropic-compatible upstream in a thread, whose every answer a test can set. It computes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+USAGE = {
+    "prompt_tokens": 100,
+    "completion_tokens": 5,
+    "total_tokens": 105,
+    "prompt_tokens_details": {"cached_tokens": 64},
+}
+RESPONSES_USAGE = {
+    "input_tokens": 100,
+    "output_tokens": 5,
+    "total_tokens": 105,
+    "input_tokens_details": {"cached_tokens": 64},
+    "output_tokens_details": {"reasoning_tokens": 0},
+}
+MESSAGES_USAGE = {
+    "input_tokens": 36,
+    "output_tokens": 5,
+    "cache_read_input_tokens": 64,
+    "cache_creation_input_tokens": 0,
+}
+
+
+@dataclass
+class Behaviour:
+    """How the next requests are answered: a status, and seconds to wait at each point."""
+
+    status: int = 200
+    before_headers_s: float = 0.0
+    before_first_token_s: float = 0.0
+    between_tokens_s: float = 0.0
+    tokens: int = 4
+    break_after_tokens: int | None = None
+    """Close the connection there."""
+
+
+@dataclass
+class StubEngine:
+    """One upstream on a free port of 127.0.0.1."""
+
+    name: str = "stub"
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    open_requests: int = 0
+    port: int = 0
+
+    def __enter__(self) -> StubEngine:
+        ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, args=(ready,), daemon=True)
+        self._thread.start()
+        assert ready.wait(10), "the stub engine did not start"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join(10)
+
+    @property
+    def url(self) -> str:
+        """Its base URL, without /v1."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def reset(self) -> None:
+        """Behave, and forget what was asked."""
+        self.behaviour = Behaviour()
+        self.requests.clear()
+
+    def _serve(self, ready: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._run(ready))
+        self._loop.close()
+
+    async def _run(self, ready: threading.Event) -> None:
+        self._stopped = asyncio.Event()
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/{path:.*}", self._answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", self.port)
+        await site.start()
+        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        ready.set()
+        await self._stopped.wait()
+        await runner.cleanup()
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text="vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n")
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append((request.path, body))
+        self.open_requests += 1
+        try:
+            behaviour = self.behaviour
+            if behaviour.status != 200:
+                error = {"message": f"injected {behaviour.status}", "type": "injected", "code": str(behaviour.status)}
+                return web.json_response({"error": error}, status=behaviour.status)
+            await asyncio.sleep(behaviour.before_headers_s)
+            if body.get("stream"):
+                return await self._stream(request, body, behaviour)
+            await asyncio.sleep(behaviour.before_first_token_s)
+            return web.json_response(whole_answer(request.path, body))
+        finally:
+            self.open_requests -= 1
+
+    async def _stream(self, request: web.Request, body: dict[str, Any], behaviour: Behaviour) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await asyncio.sleep(behaviour.before_first_token_s)
+        for count, event in enumerate(streamed_answer(request.path, body, behaviour.tokens)):
+            if count == behaviour.break_after_tokens:
+                assert request.transport is not None
+                request.transport.abort()
+                break
+            await response.write(event.encode())
+            await asyncio.sleep(behaviour.between_tokens_s)
+        return response
+
+
+def whole_answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A whole answer of the endpoint."""
+    model = body.get("model", "m")
+    if path.endswith("/chat/completions"):
+        message = {"role": "assistant", "content": "hi"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 1,
+            "model": model,
+            "choices": [choice],
+            "usage": USAGE,
+        }
+    if path.endswith("/completions"):
+        choice = {"index": 0, "text": "hi", "finish_reason": "stop"}
+        return {
+            "id": "c",
+            "object": "text_completion",
+            "created": 1,
+            "model": model,
+            "choices": [choice],
+            "usage": USAGE,
+        }
+    if path.endswith("/embeddings"):
+        data = [{"object": "embedding", "index": 0, "embedding": [0.1, 0.2]}]
+        return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": 7, "total_tokens": 7}}
+    if path.endswith("/responses"):
+        return _response(model, "completed")
+    if path.endswith("/messages"):
+        return _message(model, [{"type": "text", "text": "hi"}], "end_turn")
+    return {"path": path}
+
+
+def streamed_answer(path: str, body: dict[str, Any], tokens: int) -> Iterable[str]:
+    """The server-sent events of a streamed answer of the endpoint."""
+    model = body.get("model", "m")
+    words = [f"w{index} " for index in range(tokens)]
+    if path.endswith("/responses"):
+        return _named(_response_events(model, words))
+    if path.endswith("/messages"):
+        return _named(_message_events(model, words))
+    chat = path.endswith("/chat/completions")
+    base = {"id": "c", "object": "chat.completion.chunk" if chat else "text_completion", "created": 1, "model": model}
+    texts: list[dict[str, Any]] = [{"delta": {"content": word}} if chat else {"text": word} for word in words]
+    if chat:
+        texts.insert(0, {"delta": {"role": "assistant", "content": ""}})
+    chunks = [{**base, "choices": [{"index": 0, **text, "finish_reason": None}]} for text in texts]
+    end = {"delta": {}} if chat else {"text": ""}
+    chunks.append({**base, "choices": [{"index": 0, **end, "finish_reason": "stop"}]})
+    if (body.get("stream_options") or {}).get("include_usage"):
+        chunks.append({**base, "choices": [], "usage": USAGE})
+    return [*(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks), "data: [DONE]\n\n"]
+
+
+def _named(events: list[dict[str, Any]]) -> list[str]:
+    return [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
+
+
+def _response(model: str, status: str) -> dict[str, Any]:
+    text = {"type": "output_text", "text": "hi", "annotations": []}
+    item = {"type": "message", "id": "msg_1", "status": status, "role": "assistant", "content": [text]}
+    done = status == "completed"
+    return {
+        "id": "resp_1",
+        "object": "response",
+        "created_at": 1,
+        "model": model,
+        "status": status,
+        "output": [item] if done else [],
+        "usage": RESPONSES_USAGE if done else None,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "temperature": 1,
+        "top_p": 1,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "metadata": {},
+    }
+
+
+def _response_events(model: str, words: list[str]) -> list[dict[str, Any]]:
+    where = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "logprobs": []}
+    item = {"type": "message", "id": "msg_1", "status": "in_progress", "role": "assistant", "content": []}
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": _response(model, "in_progress")},
+        {"type": "response.output_item.added", "output_index": 0, "item": item},
+        *({"type": "response.output_text.delta", "delta": word, **where} for word in words),
+        {"type": "response.completed", "response": _response(model, "completed")},
+    ]
+    return [{**event, "sequence_number": number} for number, event in enumerate(events)]
+
+
+def _message(model: str, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
+    return {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": content,
+        "stop_reason": stop_reason,
+        "stop_sequence": None,
+        "usage": MESSAGES_USAGE,
+    }
+
+
+def _message_events(model: str, words: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"type": "message_start", "message": _message(model, [], None)},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        *(
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+            for word in words
+        ),
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+            "usage": MESSAGES_USAGE,
+        },
+        {"type": "message_stop"},
+    ]
