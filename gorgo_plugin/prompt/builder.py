@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -23,6 +24,9 @@ from gorgo_plugin.settings import ModelSettings, Settings
 KEY_BYTES = 16  # two of 2**64 texts would share a key by chance
 SECRET_BYTES = 64  # longest key blake2b takes
 PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary reaches so far
+# All the media of one prompt together; a tiny part of a body could else stand for any number of tokens.
+PSEUDO_TOKENS_MAX = 1_000_000
+_MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)".encode())
 
 EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
 
@@ -144,21 +148,34 @@ class PromptBuilder:
         return Plan(sum(map(len, cold.values())), finish)
 
     def _conversation_pieces(self, model: PromptModel, conversation: Conversation) -> tuple[list[Piece], bool]:
-        media: dict[bytes, Ids] = {}
+        media: dict[bytes, bytes] = {}
 
         def mark(medium: Media) -> str:
             digest = self._digest(medium.payload.encode("utf-8", "surrogatepass"), b"media")
             marker = f"\ue000{digest.hex()}\ue001"  # keyed, so that no text can imitate it
-            media[marker.encode()] = pseudo_tokens(digest, self._image_tokens)
+            media[marker.encode()] = digest
             return marker
 
         text, faithful = model.render(conversation, mark)
         data, valid = utf8(text)
-        pieces: list[Piece] = [media.get(piece, piece) for piece in model.cut(data, tuple(media))]
+        pieces = self._with_media(model, data, media) if media else list[Piece](model.cut(data))
         if conversation.add_special_tokens:
             before, after = model.vocabulary.affixes
             pieces = [before, *pieces, after]
         return pieces, model.exact and faithful and valid and conversation.exact and not media
+
+    def _with_media(self, model: PromptModel, data: bytes, media: Mapping[bytes, bytes]) -> list[Piece]:
+        """Cut text that holds the markers of media; each becomes its run of pseudo-tokens."""
+        stretches = _MARKER.split(data)
+        count = sum(stretch in media for stretch in stretches)
+        run = min(self._image_tokens, max(1, PSEUDO_TOKENS_MAX // max(1, count)))
+        pieces: list[Piece] = []
+        for stretch in stretches:
+            if stretch in media:
+                pieces.append(pseudo_tokens(media[stretch], run))
+            else:
+                pieces += model.cut(stretch)
+        return pieces
 
     def _raw_pieces(self, model: PromptModel, prompts: RawPrompts) -> tuple[list[Piece], bool]:
         pieces: list[Piece] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from itertools import pairwise
 
@@ -76,9 +76,9 @@ class PromptModel:
             self._count_failure(failure)
             return chatml(conversation, mark), False
 
-    def cut(self, text: bytes, alone: Sequence[bytes] = ()) -> list[bytes]:
-        """Cut rendered text where its tokenization is; `alone` are texts that become pieces of their own."""
-        return cut_text(text, self._cut_bytes, alone, lines=self.vocabulary.cuts_lines)
+    def cut(self, text: bytes) -> list[bytes]:
+        """Cut text where its tokenization is cut as well."""
+        return cut_text(text, self._cut_bytes, lines=self.vocabulary.cuts_lines)
 
     def _count_failure(self, failure: TemplateFailure) -> None:
         with self._lock:

@@ -24,6 +24,7 @@ Ids = NDArray[np.uint32]
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 
+PIECE_BYTES = 256  # shorter pieces cost more to look up than to tokenize, and could fill the cache with next to nothing
 LINES_BYTES = 2048  # about 500 tokens, 1 ms: what a prompt that grew has to tokenize again
 _LINE_START = re.compile(rb"\n[A-Za-z]")
 
@@ -125,7 +126,8 @@ class Vocabulary:
             probes += [left + cut + right for left in _NEIGHBOURS for right in _NEIGHBOURS]
             probes += [f"a {token}{cut}{token} b" for token in ordinary]
             probes += [f"{cut}a{other}b{cut}{other}{cut} c\n" for other in cuts]
-        return self._pieces_match([cut_text(probe.encode(), [cut.encode() for cut in cuts]) for probe in probes])
+        encoded = [cut.encode() for cut in cuts]
+        return self._pieces_match([cut_text(probe.encode(), encoded, piece_bytes=1) for probe in probes])
 
     @cached_property
     def cuts_lines(self) -> bool:
@@ -153,27 +155,28 @@ class Vocabulary:
         )
 
 
-def cut_text(text: bytes, cuts: Sequence[bytes], alone: Sequence[bytes] = (), lines: bool = False) -> list[bytes]:
-    """Cut UTF-8 text in front of every occurrence of `cuts`, and on both sides of those of `alone`.
+def cut_text(text: bytes, cuts: Sequence[bytes], lines: bool = False, piece_bytes: int = PIECE_BYTES) -> list[bytes]:
+    """Cut UTF-8 text in front of `cuts`, into pieces of at least `piece_bytes` (the last may be shorter).
 
-    With `lines`, pieces longer than `LINES_BYTES` are cut on at the starts of lines, so that a prompt without special
+    With `lines`, pieces longer than `LINES_BYTES` are also cut at the starts of lines, so that a prompt without special
     tokens is remembered up to where it grew. Every cut depends on what stands before it alone: growing moves none.
     """
-    bounds = {at for cut in cuts for at in occurrences(text, cut)}
-    for one in alone:
-        bounds.update(bound for at in occurrences(text, one) for bound in (at, at + len(one)))
-    ends = sorted((bounds | {len(text)}) - {0})
-    if lines:
-        ends = [end for start, last in pairwise([0, *ends]) for end in (*_line_starts(text, start, last), last)]
-    return [text[start:end] for start, end in pairwise([0, *ends])]
+    pieces: list[bytes] = []
+    start = 0
+    for at in sorted(place for cut in cuts for place in occurrences(text, cut)):
+        if at - start >= piece_bytes:
+            pieces += _cut_lines(text[start:at]) if lines else (text[start:at],)
+            start = at
+    if start < len(text):
+        pieces += _cut_lines(text[start:]) if lines else (text[start:],)
+    return pieces
 
 
-def _line_starts(text: bytes, start: int, end: int) -> list[int]:
-    found: list[int] = []
-    while end - start > LINES_BYTES and (line := _LINE_START.search(text, start + LINES_BYTES, end)):
-        start = line.start() + 1
-        found.append(start)
-    return found
+def _cut_lines(text: bytes) -> list[bytes]:
+    starts = [0]
+    while len(text) - starts[-1] > LINES_BYTES and (line := _LINE_START.search(text, starts[-1] + LINES_BYTES)):
+        starts.append(line.start() + 1)
+    return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
 
 def occurrences(text: bytes, token: bytes) -> list[int]:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from gorgo_plugin import Settings
 from gorgo_plugin.prompt import PromptBuilder
 from gorgo_plugin.prompt.sources import embedded_tokenizer
+from gorgo_plugin.prompt.vocabulary import Vocabulary, cut_text
 from tests import prompt_tokenizers as small
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -93,6 +94,28 @@ def test_a_chat_gives_the_ids_of_the_whole(name: str, messages: list[dict[str, s
 def test_raw_text_gives_the_ids_of_the_whole(name: str, text: str) -> None:
     builder, tokenizer, _ = style(name)
     assert builder.prepare({"prompt": text}, "/v1/completions").tokens.tolist() == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("name", list(STYLES))
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(text=TEXTS)
+def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
+    builder, tokenizer, _ = style(name)
+    cuts = [cut.encode() for cut in builder.describe("")["cut_tokens"]]
+    pieces = [piece.decode() for piece in cut_text(text.encode(), cuts, piece_bytes=1)]
+    joined = [token for ids in Vocabulary(tokenizer, name).encode(pieces) for token in ids.tolist()]
+    assert joined == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(text=TEXTS | LONG_TEXTS, more=TEXTS | LONG_TEXTS, lines=st.booleans())
+def test_growing_moves_no_cut_but_the_last(text: str, more: str, lines: bool) -> None:
+    cuts = [b"<|im_start|>", b"</s>"]
+    before = cut_text(text.encode(), cuts, lines=lines)
+    after = cut_text((text + more).encode(), cuts, lines=lines)
+    assert b"".join(before) == text.encode()
+    assert b"".join(after) == (text + more).encode()
+    assert after[: len(before) - 1] == before[:-1]
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)

@@ -7,7 +7,7 @@ import pytest
 
 from gorgo_plugin import Settings
 from gorgo_plugin.prompt import PromptBuilder
-from gorgo_plugin.prompt.builder import PSEUDO_TOKEN
+from gorgo_plugin.prompt.builder import PSEUDO_TOKEN, PSEUDO_TOKENS_MAX
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PNG = "iVBORw0KGgo="
@@ -109,6 +109,13 @@ def test_images_in_tool_results_count(builder: PromptBuilder) -> None:
     assert (
         len(pseudo(tokens(builder, [{"type": "tool_result", "tool_use_id": "t", "content": [block]}], MESSAGES))) == 10
     )
+
+
+def test_the_tokens_of_many_images_are_bounded() -> None:
+    parts = [image(f"http://a/{k % 4000}") for k in range(5000)]
+    prompt = PromptBuilder(Settings(), secret=b"test").prepare({"messages": [{"role": "user", "content": parts}]}, CHAT)
+    images = int(np.count_nonzero(prompt.tokens >= PSEUDO_TOKEN))
+    assert images == 5000 * (PSEUDO_TOKENS_MAX // 5000)
 
 
 def test_ids_of_images_depend_on_the_secret() -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from gorgo_plugin import Settings
 from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.prompt.vocabulary import PIECE_BYTES
 from tests import prompt_tokenizers as small
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -111,7 +112,7 @@ def test_only_the_new_turn_of_a_chat_is_left_to_tokenize(tmp_path: Path) -> None
     assert again.cold_chars == 0
     new = [{"role": "assistant", "content": "Answer."}, {"role": "user", "content": "Next?"}]
     grown = builder.plan({"messages": conversation(9) + new}, CHAT)
-    assert 0 < grown.cold_chars < 160  # the two turns with their headers
+    assert 0 < grown.cold_chars < 160 + PIECE_BYTES  # the two turns with their headers, and a piece that was too short
 
 
 def test_turns_of_an_agent_are_cut_where_calls_and_results_meet(tmp_path: Path) -> None:
@@ -149,9 +150,17 @@ def test_plan_tokenizes_nothing_until_it_is_finished(tmp_path: Path) -> None:
 
 def test_a_repeated_message_is_tokenized_once(tmp_path: Path) -> None:
     builder = headers_builder(tmp_path)
-    one = builder.plan({"messages": [{"role": "user", "content": "Again and again."}] * 1}, CHAT).cold_chars
-    two = builder.plan({"messages": [{"role": "user", "content": "Again and again."}] * 50}, CHAT).cold_chars
-    assert one == two
+    message = {"role": "user", "content": "Again and again. " * 20}
+    twice, often = (builder.plan({"messages": [message] * count}, CHAT).cold_chars for count in (2, 50))
+    assert twice == often
+
+
+def test_many_tiny_turns_do_not_fill_the_cache(tmp_path: Path) -> None:
+    builder = headers_builder(tmp_path)
+    body = {"messages": [{"role": "user", "content": str(k)} for k in range(2000)]}
+    builder.prepare(body, CHAT)
+    assert builder.describe()["cache"]["segments"] < 2000 / 3
+    assert builder.plan(body, CHAT).cold_chars == 0
 
 
 def test_a_cache_of_no_bytes_keeps_nothing_and_changes_no_id(tmp_path: Path) -> None:
