@@ -242,10 +242,7 @@ def _message_events(model: str, words: list[str]) -> list[dict[str, Any]]:
     return [
         {"type": "message_start", "message": _message(model, [], None)},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        *(
-            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
-            for word in words
-        ),
+        *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}} for word in words),
         {"type": "content_block_stop", "index": 0},
         {
             "type": "message_delta",

@@ -33,6 +33,8 @@ LENT_STRATEGY = "latency-based-routing"
 SELECTOR_ATTRIBUTE = "gorgo_selector"
 SELF_TEST_TIMEOUT_S = 30.0  # a selection takes a millisecond; a machine that swaps must not start inactive
 
+START_UP_ENDS_WITHIN_S = 10.0  # a server that refuses to start ends in a fraction of a second
+
 _VALIDATORS = ("litellm.router_utils.routing_groups", "litellm.litellm_core_utils.routing_groups")
 _SELECT = ("_select_deployment_async", "_select_deployment_sync")
 _CALLBACK_LISTS = (
@@ -164,6 +166,22 @@ def add_admin_route(path: str, answer: Callable[[], Any]) -> None:
     app = sys.modules["litellm.proxy.proxy_server"].app
     if not any(getattr(route, "path", None) == path for route in app.router.routes):
         app.add_api_route(path, answer, methods=["GET"], dependencies=[Depends(user_api_key_auth)], tags=["gorgo"])
+
+
+def end_start_up_without_traceback() -> None:
+    """Where a start of the proxy is about to end by an error of ours, let its server print the error's sentence alone.
+
+    What is on the stack then is LiteLLM's start-up, some 250 lines of it. Harmless should the process live on after all.
+    """
+    server = sys.modules.get("litellm.proxy.proxy_server")
+    if server is None or getattr(server, "llm_router", None) is not None or hasattr(sys, "tracebacklimit"):
+        return
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    sys.tracebacklimit = 0
+    loop.call_later(START_UP_ENDS_WITHIN_S, functools.partial(delattr, sys, "tracebacklimit"))
 
 
 def on_proxy_shutdown(stop: Callable[[], Any]) -> None:

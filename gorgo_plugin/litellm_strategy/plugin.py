@@ -63,7 +63,11 @@ class Plugin:
         if adapter is None:
             return
         self._join_proxy()
-        adapter.settle()
+        try:
+            adapter.settle()
+        except SettingsError:
+            patch.end_start_up_without_traceback()
+            raise
 
     def updating(self, router: Any, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Let through the changes of settings that gorgo can run with; the others are kept from LiteLLM too."""

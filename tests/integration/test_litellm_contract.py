@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests.litellm_proxy import CALLBACK, ROOT, Proxy, deployment, proxy_config, running
+from tests.litellm_proxy import ROOT, Proxy, deployment, proxy_config, running
 from tests.stub_engine import StubEngine
 
 RELEASE = tuple(int(part) for part in importlib.metadata.version("litellm").split(".")[:2])
 # Releases on which the extension is known to work. On others it must be either in effect or clearly inactive.
 ACTIVE = (1, 84) <= RELEASE <= (1, 109)
+# Before this one the proxy loads callbacks from files beside its configuration only.
+IMPORTS_CALLBACKS = RELEASE >= (1, 94)
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
@@ -212,7 +215,9 @@ def test_the_proxy_starts_and_answers(engines: tuple[StubEngine, StubEngine], tm
     for engine in engines:
         engine.reset()
     config = proxy_config([deployment("m", engine.url, region=engine.name) for engine in engines])
-    assert config["litellm_settings"]["callbacks"] == [CALLBACK]
+    if not IMPORTS_CALLBACKS:
+        shutil.copy(ROOT / "litellm_config" / "gorgo_callback.py", tmp_path)
+        config["litellm_settings"]["callbacks"] = ["gorgo_callback.callback"]
     with running(config, tmp_path) as proxy:
         for stream in (False, True):
             answer = proxy.post("/v1/chat/completions", {"model": "m", "messages": MESSAGES, "stream": stream})
