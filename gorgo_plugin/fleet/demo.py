@@ -28,9 +28,9 @@ TRACE_STRETCH = 2.0  # one hour of the trace is too much for three such engines;
 CONVERSATION_KV_TOKENS = 600_000
 TRACE_KV_TOKENS = 4_000_000
 STREAM_INTERVAL = 8  # tokens per chunk: chunks cost the proxy, not the engine, and it is the engine that is compared
-WARM_UP_REQUESTS = 9
-WARM_UP_SPACING_S = 0.3
-SETTLE_S = 1.5  # for the last warm-up answers' log events and a few probes of each replica
+WARM_UP_REQUESTS = 6
+WARM_UP_SPACING_S = 0.25
+SETTLE_S = 1.0  # for the last warm-up answers' log events and a few probes of each replica
 
 Announce = Callable[[str], None]
 
@@ -122,7 +122,7 @@ async def _run_row(
     on_done: Callable[[str], None],
 ) -> RowResult:
     began_s = time.monotonic()
-    announce(f"{row.label}: starting replicas and LiteLLM")
+    announce(f"{row.name}: starting replicas and LiteLLM")
     async with (
         mock_fleet(settings.seed, workload.kv_tokens, settings.out) as fleet,
         litellm_proxy(
@@ -132,9 +132,9 @@ async def _run_row(
         ) as (target, proxy),
     ):
         children = [proxy, *(child for _url, child in fleet.values())]
-        announce(f"{row.label}: warming up")
+        announce(f"{row.name}: warming up")
         await _warm_up(target, proxy)
-        announce(f"{row.label}: replaying")
+        announce(f"{row.name}: replaying")
         outcomes = await _while_alive(children, replay(target, planned, lambda outcome: on_done(row.name)))
     return RowResult(row, outcomes, time.monotonic() - began_s)
 

@@ -37,11 +37,6 @@ class Row:
     strategy: str
     policy: str | None = None
 
-    @property
-    def label(self) -> str:
-        """How the table names it."""
-        return self.name if self.policy is not None else f"{self.name} (LiteLLM)"
-
 
 def _ours(policy: str) -> Row:
     return Row(policy, "gorgo", policy)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gorgo_plugin.fleet.demo import DemoSettings, RowResult, Workload
@@ -23,6 +24,7 @@ from gorgo_plugin.fleet.workload import summarise
 REFERENCE = "gorgo"  # the row the others are compared with
 RATIO_PERCENTILES = (50, 95)
 LATE_MS = 50.0  # a load generator later than this shares the blame for what it measures
+_LITELLM_MARK = "*"
 _PACKAGES = ("gorgo-plugin", "litellm", "aiohttp", "tokenizers", "numpy", "uvicorn")
 
 
@@ -30,8 +32,8 @@ _PACKAGES = ("gorgo-plugin", "litellm", "aiohttp", "tokenizers", "numpy", "uvico
 class Line:
     """One row of the table: its figures, and gorgo's TTFT over its own per percentile (None for gorgo itself)."""
 
-    label: str
     name: str
+    litellms_own: bool
     summary: RunSummary
     ratios: dict[int, Ratio | None]
 
@@ -41,8 +43,8 @@ def lines(results: Sequence[RowResult]) -> list[Line]:
     reference = next((result for result in results if result.row.name == REFERENCE), None)
     return [
         Line(
-            result.row.label,
             result.row.name,
+            result.row.policy is None,
             summarise_run(result.outcomes),
             {
                 percentile: ttft_ratio(reference.outcomes, result.outcomes, percentile)
@@ -56,16 +58,24 @@ def lines(results: Sequence[RowResult]) -> list[Line]:
 
 def table(rows: Sequence[Line]) -> Table:
     """The figures as a table for the terminal."""
-    shown = Table(title="Time to first token and end-to-end latency, as a client sees them (ms)")
-    shown.add_column("strategy")
-    for heading in ("TTFT p50", "p95", "p99", "E2E p95", "cached", "/".join(_short(r.name) for r in REGIONS), "errors"):
-        shown.add_column(heading, justify="right")
+    shown = Table(
+        title="Time to first token (TTFT) and end to end (E2E) as a client sees them, in ms",
+        caption=f"{_LITELLM_MARK} LiteLLM's own strategy; the others are this plugin's policies. "
+        "Ratios: gorgo's TTFT over the row's, with the 95% interval.",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    shown.add_column("strategy", no_wrap=True)
+    regions = "/".join(_short(region.name) for region in REGIONS)
+    for heading in ("TTFT p50", "p95", "p99", "E2E p95", "cached", regions, "failed"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for percentile in RATIO_PERCENTILES:
-        shown.add_column(f"gorgo / row, p{percentile}", justify="right")
+        shown.add_column(f"ratio p{percentile}", justify="right", no_wrap=True)
     for row in rows:
         summary = row.summary
         shown.add_row(
-            row.label,
+            row.name + (_LITELLM_MARK if row.litellms_own else ""),
             *(f"{value:,.0f}" for value in _times(summary)),
             f"{summary.cached_share:.0%}",
             "/".join(str(summary.by_replica.get(region.name, 0)) for region in REGIONS),
@@ -94,7 +104,7 @@ def conclusion(rows: Sequence[Line]) -> str:
         return "gorgo did not run beside another row, so nothing is compared."
     groups: dict[str, list[str]] = {"below": [], "open": [], "above": [], "none": []}
     for row, percentile, ratio in compared:
-        place = f"{row.label} p{percentile}"
+        place = f"{row.name} p{percentile}"
         groups["none" if ratio is None else ratio.verdict].append(place)
     sentences = []
     if groups["below"]:
@@ -105,7 +115,7 @@ def conclusion(rows: Sequence[Line]) -> str:
         sentences.append(f"gorgo does not beat: {_listed(groups['above'])}.")
     if groups["none"]:
         sentences.append(f"No request succeeded in both: {_listed(groups['none'])}.")
-    late = [row.label for row in rows if row.summary.late_p99_ms > LATE_MS]
+    late = [row.name for row in rows if row.summary.late_p99_ms > LATE_MS]
     if late:
         sentences.append(
             f"The load generator itself sent late (p99 over {LATE_MS:.0f} ms) in: {_listed(late)}; "
@@ -178,7 +188,7 @@ def write_plot(path: Path, results: Sequence[RowResult], rows: Sequence[Line]) -
         if len(times):
             ours = result.row.name == REFERENCE
             heights = np.arange(1, len(times) + 1) / len(times)
-            distribution.step(times, heights, where="post", label=result.row.label, linewidth=2.5 if ours else 1.3)
+            distribution.step(times, heights, where="post", label=result.row.name, linewidth=2.5 if ours else 1.3)
     distribution.set(xscale="log", xlabel="time to first token (ms)", ylabel="share of requests", ylim=(0, 1))
     distribution.grid(alpha=0.3, which="both")
     distribution.legend()

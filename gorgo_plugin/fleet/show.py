@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gorgo_plugin.fleet.demo import DemoSettings, Workload, load_workload, run_rows
 from gorgo_plugin.fleet.report import conclusion, describe_workload, lines, table, write_json, write_plot
 
-TABLE_COLUMNS = 130  # the table's width; narrower, rich would cut the figures
+TABLE_COLUMNS = 128  # the table's width; narrower, rich would cut the figures
 
 
 async def show_demo(settings: DemoSettings) -> None:
