@@ -205,6 +205,12 @@ def test_a_cut_that_is_none_is_found_out() -> None:
     assert not vocabulary.cuts_exactly(["\n"])
 
 
+def test_a_token_that_is_sought_in_normalized_text_does_not_cut() -> None:
+    for normalized, cuts in ((False, ("</s>",)), (True, ())):
+        tokenizer = small.prefix_space("normalizer", normalized=normalized)
+        assert Vocabulary(tokenizer, "test").choose_cuts(["</s>[INST]"]) == cuts
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "expected"),
     [

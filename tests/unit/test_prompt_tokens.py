@@ -19,6 +19,13 @@ from tests import prompt_tokenizers as small
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
+
+def one_strips_left() -> Tokenizer:
+    tokenizer = small.byte_level("<|im_start|>", lstrip=True)
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", normalized=False, special=True)])
+    return tokenizer
+
+
 STYLES: dict[str, tuple[Callable[[], Tokenizer], str, list[str]]] = {
     "chatml": (small.chatml, small.CHATML, ["<|im_start|>"]),
     "rewrites earlier turns": (small.chatml, small.FORGETS_THOUGHTS, ["<|im_start|>"]),
@@ -31,6 +38,7 @@ STYLES: dict[str, tuple[Callable[[], Tokenizer], str, list[str]]] = {
         small.CHATML,
         ["<|im_start|>"],
     ),
+    "one token that strips to the left": (one_strips_left, small.CHATML, ["<|im_end|>"]),
     "tokens that strip to the left": (
         lambda: small.byte_level("<|im_start|>", "<|im_end|>", lstrip=True),
         small.CHATML,
@@ -125,8 +133,9 @@ def test_turns_of_an_agent_are_cut_where_calls_and_results_meet(tmp_path: Path) 
     tokenizer = small.byte_level("</s>", "[INST]", "[/INST]", "[CALLS]", "[RESULT]")
     builder = PromptBuilder(Settings(tokenizer=small.save(tmp_path, tokenizer, template, **TOKENS)), secret=b"test")
     call = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}]}
-    result = {"role": "tool", "content": "word " * 500}
-    messages = [{"role": "user", "content": "word " * 500}, *[call, result] * 5]
+    messages = [{"role": "user", "content": "word " * 500}]
+    for k in range(5):
+        messages += [call, {"role": "tool", "content": f"word{k} " * 500}]
     builder.prepare({"messages": messages}, CHAT)
     grown = builder.plan({"messages": [*messages, call, {"role": "tool", "content": "Sun."}]}, CHAT)
     assert 0 < grown.cold_chars < 200
@@ -177,7 +186,8 @@ def test_the_cache_stays_within_its_bytes(tmp_path: Path) -> None:
     for k in range(100):
         builder.prepare({"messages": [{"role": "user", "content": f"{k} " * 100}]}, CHAT)
         assert builder.describe()["cache"]["bytes"] <= 20_000
-    assert builder.describe()["cache"]["segments"] > 5
+    segments = builder.describe()["cache"]["segments"]
+    assert 5 < segments < 20_000 / (100 * np.uint32().nbytes)  # each holds at least a hundred tokens
 
 
 def test_models_with_one_tokenizer_share_what_was_tokenized_and_others_do_not(tmp_path: Path) -> None:
@@ -231,8 +241,7 @@ def test_a_special_token_that_whole_words_can_touch_does_not_cut(tmp_path: Path)
 
 
 def test_a_special_token_that_another_added_token_overlaps_does_not_cut(tmp_path: Path) -> None:
-    tokenizer = small.byte_level("<|im_start|>", "<|im_end|>")
-    tokenizer.add_tokens([AddedToken("!<|im_start|>", normalized=False), AddedToken("x<|im_end|>", normalized=False)])
+    tokenizer = small.byte_level("<|im_start|>", "<|im_end|>", "!<|im_start|>", "x<|im_end|>")
     builder = PromptBuilder(Settings(tokenizer=small.save(tmp_path, tokenizer, small.CHATML)), secret=b"test")
     assert builder.describe("")["cut_tokens"] == []
     messages = [{"role": "user", "content": "Hi!<|im_start|>x"}, {"role": "user", "content": "x"}]
