@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -32,7 +33,7 @@ from gorgo_plugin.fleet.block_cache import block_keys
 from gorgo_plugin.fleet.driver import EngineDriver
 from gorgo_plugin.fleet.engine import Engine, EngineProfile, EngineRequest, Event, Finished, FirstToken
 from gorgo_plugin.fleet.engine_metrics import EngineMetrics, MetricsStyle
-from gorgo_plugin.fleet.faults import ERROR_DELAY_S, Fault, FaultInjector
+from gorgo_plugin.fleet.faults import ERROR_DELAY_S, Fault, FaultInjector, FaultKind
 from gorgo_plugin.fleet.network import Network
 from gorgo_plugin.fleet.passages import reply_passage
 from gorgo_plugin.prompt import PromptBuilder
@@ -160,9 +161,11 @@ class MockReplica:
         await self._network.cross()
         inference = endpoint_of(request.path) is not None
         self._received += inference
-        response = await self._fail(request, inference)
+        kind = self._faults.strike(inference)
+        response = await self._fail(request, kind)
         if response is None:
-            response = await self._answer_or_error(request, handler)
+            cut = partial(self._infer, cut=True)
+            response = await self._answer_or_error(request, cut if inference and kind == "cut" else handler)
         if not response.prepared:
             await self._network.cross()
         return response
@@ -183,9 +186,8 @@ class MockReplica:
         except web.HTTPException as error:
             return _error(error.status, error.reason, anthropic=anthropic)
 
-    async def _fail(self, request: web.Request, inference: bool) -> web.StreamResponse | None:
-        """Let the fault in force strike; None when the request is to be served."""
-        kind = self._faults.strike(inference)
+    async def _fail(self, request: web.Request, kind: FaultKind) -> web.StreamResponse | None:
+        """Fail in this way; None when the request is to be served, if only in part."""
         if kind == "error":
             await asyncio.sleep(ERROR_DELAY_S)
             return _error(500, "injected failure")
@@ -200,12 +202,12 @@ class MockReplica:
             return web.Response()
         if kind == "die":
             os._exit(_DIED)
-        request["cut"] = kind == "cut"
         return None
 
     # Inference.
 
-    async def _infer(self, request: web.Request) -> web.StreamResponse:
+    async def _infer(self, request: web.Request, cut: bool = False) -> web.StreamResponse:
+        """Serve a request for inference; `cut`: only up to its first content."""
         arrived_s = self._loop.time()
         endpoint = endpoint_of(request.path)
         assert endpoint is not None
@@ -218,8 +220,8 @@ class MockReplica:
             raise RequestRefused(400, str(error)) from None
         try:
             if endpoint == EMBEDDINGS or not asked.stream:
-                return await self._whole(request, endpoint, job, events)
-            return await self._stream(request, self._answer(endpoint, job), job, events)
+                return await self._whole(request, endpoint, job, events, cut)
+            return await self._stream(request, self._answer(endpoint, job), job, events, cut)
         finally:
             # What a client that left means to the engine arrives there half a round trip later.
             self._loop.call_later(self._network.one_way_s(), self._driver.cancel, job.id)
@@ -266,17 +268,15 @@ class MockReplica:
         return ANSWERS[endpoint](head)
 
     async def _whole(
-        self, request: web.Request, endpoint: str, job: _Job, events: asyncio.Queue[Event | None]
+        self, request: web.Request, endpoint: str, job: _Job, events: asyncio.Queue[Event | None], cut: bool
     ) -> web.StreamResponse:
-        cached = 0
         while not isinstance(event := await events.get(), Finished):
-            if event is None or request["cut"]:
+            if event is None or cut:
                 _break(request)
                 return web.Response()
             if isinstance(event, FirstToken):
                 self._metrics.observe_ttft(event.at_s - job.arrived_s)
-        cached = event.cached_tokens
-        usage = Usage(job.prompt_tokens, cached, job.output_tokens)
+        usage = Usage(job.prompt_tokens, event.cached_tokens, job.output_tokens)
         if endpoint == EMBEDDINGS:
             inputs = job.asked.body.get("input")
             count = len(inputs) if isinstance(inputs, list) and not isinstance(inputs[0], int) else 1
@@ -285,7 +285,7 @@ class MockReplica:
         return _json(self._answer(endpoint, job).whole(" ".join(job.words), usage))
 
     async def _stream(
-        self, request: web.Request, answer: Answer, job: _Job, events: asyncio.Queue[Event | None]
+        self, request: web.Request, answer: Answer, job: _Job, events: asyncio.Queue[Event | None], cut: bool
     ) -> web.StreamResponse:
         way_back = self._network.way_back()
         response = web.StreamResponse(
@@ -302,7 +302,7 @@ class MockReplica:
                 self._metrics.observe_ttft(event.at_s - job.arrived_s)
                 await response.write(answer.first(job.words[0], Usage(job.prompt_tokens, event.cached_tokens, 1)))
                 sent = 1
-                if request["cut"]:
+                if cut:
                     break
                 continue
             if event.generated > sent:
