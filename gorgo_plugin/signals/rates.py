@@ -2,8 +2,8 @@
 
 The model is `TTFT - RTT = overhead + ms_per_token * (uncached tokens ahead + own uncached tokens)`: engines prefill in
 one first-come-first-served queue, so a token ahead costs what an own one does. The slope is the weighted median of
-`(time - overhead) / tokens` over the last samples and a few that stand for the prior: half of the samples may be
-outliers, and it cannot turn negative.
+`(time - overhead) / tokens` over the last samples and the prior: half of the evidence may be outliers, and it cannot
+turn negative. A short prompt is little evidence of the slope, a long one little of the overhead; they are weighed so.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
-PRIOR_SAMPLES = 2  # what the prior counts against them, at the window's mean length
 REFIT_EVERY = 4  # samples between fits once the window has filled a quarter
-MIN_TOKENS = 64  # shorter work says nothing about the slope
-MAX_OVERHEAD_MS = 1000.0  # an intercept above this is a queue that was not seen, not an engine's overhead
+FULL_TOKENS = 4096.0  # work from here on is full evidence of the slope; more must not drown the other samples
+SLOPE_PRIOR_TOKENS = 2 * FULL_TOKENS  # the prior's weight against them: two long prompts
+SHORT_TOKENS = 256.0  # at this length a sample is half the evidence of the overhead that an empty one would be
+OVERHEAD_PRIOR_SAMPLES = 3.0  # the prior's weight against the short ones
+COLD_SAMPLES = 1  # the first answer of a replica pays for connections and warm-up
 
 
 class RateTable(Table):
@@ -39,11 +41,13 @@ class RateTable(Table):
         """Take in one first token: the uncached tokens it waited for, own ones included, and TTFT - RTT."""
         if not (0.0 < service_ms < np.inf and 0.0 < work_tokens < np.inf):
             return
-        window = self._windows.setdefault(slot, deque(maxlen=WINDOW))
-        window.append((work_tokens, service_ms))
         seen = self._columns["samples"]
         seen[slot] += 1
-        if seen[slot] <= WINDOW // 4 or seen[slot] % REFIT_EVERY == 0:
+        if seen[slot] <= COLD_SAMPLES:
+            return
+        window = self._windows.setdefault(slot, deque(maxlen=WINDOW))
+        window.append((work_tokens, service_ms))
+        if len(window) <= WINDOW // 4 or seen[slot] % REFIT_EVERY == 0:
             self._fit(slot, window)
 
     def restore(self, slot: int, ms_per_token: float, overhead_ms: float, samples: float) -> None:
@@ -70,18 +74,18 @@ class RateTable(Table):
 
     def _fit(self, slot: int, window: deque[tuple[float, float]]) -> None:
         tokens, times = np.array(window).T
-        prior_tokens = np.full(PRIOR_SAMPLES, max(float(tokens.mean()), MIN_TOKENS))
-        prior_times = self._prior.overhead_ms + self._prior.ms_per_token * prior_tokens
-        tokens = np.concatenate([tokens, prior_tokens])
-        times = np.concatenate([times, prior_times])
-        overhead = float(self._columns["overhead_ms"][slot])
-        long = tokens >= MIN_TOKENS
-        slope = weighted_median(np.maximum(times[long] - overhead, 0.0) / tokens[long], tokens[long])
-        slope = max(slope, self._prior.ms_per_token * 1e-3)  # an engine is never free
-        # Short work tells the overhead best: its residual has the least of the slope's error in it.
-        overhead = weighted_median(times - slope * tokens, 1.0 / (tokens + float(np.median(tokens)) / 4))
-        self._columns["ms_per_token"][slot] = slope
-        self._columns["overhead_ms"][slot] = min(max(overhead, 0.0), MAX_OVERHEAD_MS)
+        prior, columns = self._prior, self._columns
+        slope = weighted_median(
+            np.append(np.maximum(times - columns["overhead_ms"][slot], 0.0) / tokens, prior.ms_per_token),
+            np.append(np.minimum(tokens, FULL_TOKENS), SLOPE_PRIOR_TOKENS),
+        )
+        columns["ms_per_token"][slot] = slope = max(slope, prior.ms_per_token * 1e-2)  # an engine is never free
+        overhead = weighted_median(
+            np.append(times - slope * tokens, prior.overhead_ms),
+            np.append(SHORT_TOKENS / (SHORT_TOKENS + tokens), OVERHEAD_PRIOR_SAMPLES),
+        )
+        # The fixed part of an answer cannot be longer than the fastest answer was.
+        columns["overhead_ms"][slot] = min(max(overhead, 0.0), float(times.min()))
 
 
 def weighted_median(values: FloatArray, weights: FloatArray) -> float:

@@ -168,10 +168,18 @@ def test_clean_samples_are_fitted_within_five_percent() -> None:
     assert table.describe(0)["overhead_ms"] == pytest.approx(30.0, abs=10.0)
 
 
+def test_slow_first_answers_to_short_prompts_leave_the_slope_at_the_prior() -> None:
+    table = rates()
+    for slow_ms in (2000.0, 900.0, 450.0, 440.0, 60.0):  # imports, connections: nothing that tokens would explain
+        table.observe(0, 330.0, slow_ms)
+    assert table.describe(0)["ms_per_token"] == pytest.approx(0.09, rel=0.3)
+    assert table.describe(0)["overhead_ms"] <= 60.0
+
+
 def test_an_engine_that_slows_down_is_followed_within_a_window() -> None:
     table, rng = rates(), random.Random(1)
     for slope in (0.05, 0.15):
-        for _ in range(64):
+        for _ in range(65):
             tokens = rng.uniform(100, 8000)
             table.observe(0, tokens, 20.0 + slope * tokens)
     assert table.describe(0)["ms_per_token"] == pytest.approx(0.15, rel=0.05)
