@@ -23,6 +23,7 @@ BLOCK_TOKENS = 512
 _MESSAGE_BLOCKS = 4  # blocks of one message: long enough that templates add nothing, short enough that turns share some
 _UNIVERSAL_SHARE = 0.5  # a block in more requests than this is a common preamble and tells no conversation apart
 _WINDOW_SAMPLES = 8  # draws of conversations tried per window before a longer one is taken
+_LENGTH_TOLERANCE = 0.1  # a window whose prompts are longer or shorter by more would be another load than the trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ def pick_window(records: Sequence[TraceRecord], count: int, min_reuse: float = 0
 
     The turns of a conversation lie minutes apart, so a few hundred consecutive requests hold few second turns. Whole
     conversations are therefore drawn from a stretch of the trace, the shortest that gives the reuse asked for
-    (`count` requests, twice as many, and so on); all turns of a drawn conversation that lie in it are kept.
+    (`count` requests, twice as many, and so on); all turns of a drawn conversation that lie in it are kept. Of the
+    draws, the first with that reuse whose mean prompt is within a tenth of the trace's is taken.
 
     Raises:
         WorkloadError: the trace has fewer requests, or no stretch gives that reuse; names the best found.
@@ -116,6 +118,7 @@ def pick_window(records: Sequence[TraceRecord], count: int, min_reuse: float = 0
     if count > len(records):
         raise WorkloadError(f"requests: the trace has {len(records)}, {count} were asked for")
     rng = np.random.default_rng(seed)
+    usual_tokens = _mean_tokens(records)
     best = 0.0
     length = count
     while True:
@@ -123,12 +126,18 @@ def pick_window(records: Sequence[TraceRecord], count: int, min_reuse: float = 0
         for first in dict.fromkeys(range(0, len(records) - length + 1, max(1, length // 2))):
             for _ in range(1 if length == count else _WINDOW_SAMPLES):
                 window = _draw(records, first, length, count, rng)
+                if abs(_mean_tokens(window.records) / usual_tokens - 1) > _LENGTH_TOLERANCE:
+                    continue
                 if window.reuse >= min_reuse:
                     return window
                 best = max(best, window.reuse)
         if length == len(records):
             raise WorkloadError(f"min_reuse: no window of {count} requests reuses {min_reuse:.0%}; the best {best:.0%}")
         length *= 2
+
+
+def _mean_tokens(records: Sequence[TraceRecord]) -> float:
+    return sum(record.input_tokens for record in records) / len(records)
 
 
 def _draw(records: Sequence[TraceRecord], first: int, length: int, count: int, rng: np.random.Generator) -> TraceWindow:
