@@ -62,6 +62,17 @@ def byte_level(*special: str, **flags: bool) -> Tokenizer:
     return tokenizer
 
 
+def older_byte_level() -> Tokenizer:
+    """A byte-level BPE in the style of GPT-2, with a normalizer, and ChatML's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [_special(token) for token in ("<|im_start|>", "<|im_end|>")]
+    _train(tokenizer, special, pre_tokenizers.ByteLevel.alphabet())
+    return tokenizer
+
+
 def chatml() -> Tokenizer:
     """ChatML's special tokens, and an ordinary added token."""
     tokenizer = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -28,7 +28,7 @@ class PromptModel:
 
     Attributes:
         vocabulary: what tokenizes.
-        cuts: special tokens in front of which prompts are cut; where there are none and lines do not cut either,
+        cuts: special tokens in front of which prompts are cut; where there are none and words do not cut either,
             prompts are tokenized whole.
         exact: whether the ids are the engine's own as far as the tokenizer goes.
     """
@@ -78,7 +78,7 @@ class PromptModel:
 
     def cut(self, text: bytes) -> list[bytes]:
         """Cut text where its tokenization is cut as well."""
-        return cut_text(text, self._cut_bytes, lines=self.vocabulary.cuts_lines)
+        return cut_text(text, self._cut_bytes, spaces=self.vocabulary.cuts_spaces)
 
     def _count_failure(self, failure: TemplateFailure) -> None:
         with self._lock:
@@ -97,7 +97,7 @@ class PromptModel:
         if cuts and self.vocabulary.cuts_exactly(cuts, trials):
             return cuts
         reason = "joined pieces differ from the whole" if cuts else "no special tokens part them"
-        instead = "cut at lines alone" if self.vocabulary.cuts_lines else "tokenized whole"
+        instead = "cut between words alone" if self.vocabulary.cuts_spaces else "tokenized whole"
         _log.info("gorgo: messages of model '%s' are not remembered one by one (%s): %s", self._name, reason, instead)
         return ()
 
@@ -114,10 +114,10 @@ class PromptModel:
             "tokenizer": self.vocabulary.source,
             "vocabulary_size": self.vocabulary.size,
             "chat_template": self._origin,
-            "tokenized": "by-segment" if self.cuts or self.vocabulary.cuts_lines else "whole",
+            "tokenized": "by-segment" if self.cuts or self.vocabulary.cuts_spaces else "whole",
             "cut_tokens": list(self.cuts),
-            "cut_lines": self.vocabulary.cuts_lines,
-            "exact": self.exact,
+            "cut_spaces": self.vocabulary.cuts_spaces,
+            "exact": self.exact and bool(self._templates),
             "template_failures": self._failures,
         }
 

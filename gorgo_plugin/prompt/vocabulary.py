@@ -4,8 +4,8 @@ A special token cuts tokenization exactly: nothing before it merges with anythin
 special tokens can be tokenized piece by piece, each piece once, and joined. Headers and newlines do not cut, nor do
 tokens that take the whitespace before them along or that another added token overlaps. Each piece begins with its
 special token, so that what depends on what stands before the text (a prefix space, whitespace a token takes from its
-right) comes out as in the whole. Most byte-level tokenizers also end a piece where a line starts with a letter; long
-pieces are cut there. Both are tried on texts chosen against them before they are used.
+right) comes out as in the whole. Byte-level tokenizers also start anew at the space before a word; long pieces are cut
+there. Both are tried on texts chosen against them before they are used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ Ids = NDArray[np.uint32]
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 
 PIECE_BYTES = 256  # shorter pieces cost more to look up than to tokenize, and could fill the cache with next to nothing
-LINES_BYTES = 2048  # about 500 tokens, 1 ms: what a prompt that grew has to tokenize again
-_LINE_START = re.compile(rb"\n[A-Za-z]")
+LONG_BYTES = 2048  # about 500 tokens, 1 ms: what a prompt that grew has to tokenize again
+_SPACE = re.compile(rb"[!-~] [A-Za-z]")
+_SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
+_VISIBLE = string.ascii_letters + string.digits + string.punctuation
 
 # What stood next to a cut in prompts that tokenizers were seen to treat unlike the middle of a text.
 _NEIGHBOURS = (
@@ -130,20 +132,23 @@ class Vocabulary:
         return self._pieces_match([cut_text(probe.encode(), encoded, piece_bytes=1) for probe in probes])
 
     @cached_property
-    def cuts_lines(self) -> bool:
-        """Whether text may also be cut between a newline and a letter from A to z.
+    def cuts_spaces(self) -> bool:
+        """Whether text may also be cut in front of a space between a visible ASCII character and a letter.
 
-        The pre-tokenizers of the GPT and Llama families end a piece there, so nothing merges across; those with a
-        prefix space do not. Added tokens must not reach across either.
+        The pre-tokenizers of the GPT and Llama families start a piece there, so nothing merges across; tokenizers that
+        put a space before every text do not allow it. Added tokens must not reach across either.
         """
-        letters = string.ascii_letters
-        across = any(
-            (token.lstrip and token.content[:1] in letters) or re.search("\n[A-Za-z]", token.content)
-            for token in self._added
-        )
-        lefts = [*_NEIGHBOURS, *string.punctuation, *string.whitespace, "x\r", "x \t", "9", "ß。", "\u3000"]
+        across = any(token.rstrip or _SPACE_IN_TOKEN.search(token.content) for token in self._added)
+        lefts = [
+            *(f"x{mark}" for mark in _VISIBLE),
+            *(f"{left}." for left in _NEIGHBOURS),
+            "\n}",
+            "9)",
+            " <|x|>",
+            "A's",
+        ]
         rights = ["a", "I", "Hello", "s", "re the", "x1", "Zß", "a\u0301", "b'c", "e\n\nf", "to_s", "A."]
-        probes = [[f"{left}\n".encode(), right.encode()] for left in lefts for right in rights]
+        probes = [[left.encode(), f" {right}".encode()] for left in lefts for right in rights]
         return not across and self._pieces_match(probes)
 
     def _pieces_match(self, probes: Sequence[Sequence[bytes]]) -> bool:
@@ -155,27 +160,27 @@ class Vocabulary:
         )
 
 
-def cut_text(text: bytes, cuts: Sequence[bytes], lines: bool = False, piece_bytes: int = PIECE_BYTES) -> list[bytes]:
+def cut_text(text: bytes, cuts: Sequence[bytes], spaces: bool = False, piece_bytes: int = PIECE_BYTES) -> list[bytes]:
     """Cut UTF-8 text in front of `cuts`, into pieces of at least `piece_bytes` (the last may be shorter).
 
-    With `lines`, pieces longer than `LINES_BYTES` are also cut at the starts of lines, so that a prompt without special
-    tokens is remembered up to where it grew. Every cut depends on what stands before it alone: growing moves none.
+    With `spaces`, pieces longer than `LONG_BYTES` are also cut between words, so that text without special tokens is
+    remembered up to where it grew. Every cut depends on what stands before it alone: growing moves none.
     """
     pieces: list[bytes] = []
     start = 0
     for at in sorted(place for cut in cuts for place in occurrences(text, cut)):
         if at - start >= piece_bytes:
-            pieces += _cut_lines(text[start:at]) if lines else (text[start:at],)
+            pieces += _cut_words(text[start:at]) if spaces else (text[start:at],)
             start = at
     if start < len(text):
-        pieces += _cut_lines(text[start:]) if lines else (text[start:],)
+        pieces += _cut_words(text[start:]) if spaces else (text[start:],)
     return pieces
 
 
-def _cut_lines(text: bytes) -> list[bytes]:
+def _cut_words(text: bytes) -> list[bytes]:
     starts = [0]
-    while len(text) - starts[-1] > LINES_BYTES and (line := _LINE_START.search(text, starts[-1] + LINES_BYTES)):
-        starts.append(line.start() + 1)
+    while len(text) - starts[-1] > LONG_BYTES and (space := _SPACE.search(text, starts[-1] + LONG_BYTES)):
+        starts.append(space.start() + 1)
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
 

@@ -21,6 +21,7 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 STYLES = {
     "chatml": (small.chatml, small.CHATML),
     "rewrites earlier turns": (small.chatml, small.FORGETS_THOUGHTS),
+    "older byte level": (small.older_byte_level, small.CHATML),
     "headers": (small.headers, small.HEADERS),
     "prefix space everywhere": (lambda: small.prefix_space("normalizer"), small.BRACKETS),
     "prefix space first": (lambda: small.prefix_space("first"), small.BRACKETS),
@@ -55,7 +56,7 @@ FRAGMENTS = st.sampled_from(
     ]
 )
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=8), max_size=12).map("".join)
-LONG_TEXTS = st.lists(FRAGMENTS | st.sampled_from(["\nA", "\nnext line "]), min_size=5, max_size=20).map(
+LONG_TEXTS = st.lists(FRAGMENTS | st.sampled_from(["\nA", " next word", "x y"]), min_size=5, max_size=20).map(
     lambda fragments: "".join(fragments) * 60
 )
 MESSAGES = st.lists(
@@ -108,11 +109,11 @@ def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(text=TEXTS | LONG_TEXTS, more=TEXTS | LONG_TEXTS, lines=st.booleans())
-def test_growing_moves_no_cut_but_the_last(text: str, more: str, lines: bool) -> None:
+@given(text=TEXTS | LONG_TEXTS, more=TEXTS | LONG_TEXTS, spaces=st.booleans())
+def test_growing_moves_no_cut_but_the_last(text: str, more: str, spaces: bool) -> None:
     cuts = [b"<|im_start|>", b"</s>"]
-    before = cut_text(text.encode(), cuts, lines=lines)
-    after = cut_text((text + more).encode(), cuts, lines=lines)
+    before = cut_text(text.encode(), cuts, spaces=spaces)
+    after = cut_text((text + more).encode(), cuts, spaces=spaces)
     assert b"".join(before) == text.encode()
     assert b"".join(after) == (text + more).encode()
     assert after[: len(before) - 1] == before[:-1]

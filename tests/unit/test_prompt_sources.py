@@ -90,7 +90,7 @@ def test_describe_tells_where_each_models_prompts_come_from(tmp_path: Path) -> N
         "chat_template": f"{folder}/tokenizer.json (its folder)",
         "tokenized": "by-segment",
         "cut_tokens": ["<|im_start|>"],
-        "cut_lines": True,
+        "cut_spaces": True,
         "exact": True,
         "template_failures": 0,
     }
@@ -216,19 +216,20 @@ def test_a_token_that_is_sought_in_normalized_text_does_not_cut() -> None:
     [
         (small.chatml, True),
         (small.headers, True),
+        (small.older_byte_level, True),
         (lambda: small.prefix_space("first"), False),
         (lambda: small.prefix_space("always"), False),
         (lambda: small.prefix_space("normalizer"), False),
     ],
 )
-def test_lines_cut_where_pieces_end_at_newlines(tokenizer: Any, expected: bool) -> None:
-    assert Vocabulary(tokenizer(), "test").cuts_lines is expected
+def test_spaces_cut_where_pieces_start_at_them(tokenizer: Any, expected: bool) -> None:
+    assert Vocabulary(tokenizer(), "test").cuts_spaces is expected
 
 
-@pytest.mark.parametrize("token", [("tail", {"lstrip": True}), ("a\nb", {})])
-def test_lines_do_not_cut_where_an_added_token_reaches_across(token: Any) -> None:
+@pytest.mark.parametrize("token", [("<tail>", {"rstrip": True}), ("a b", {}), ("a ", {})])
+def test_spaces_do_not_cut_where_an_added_token_reaches_across(token: Any) -> None:
     from tokenizers import AddedToken
 
     tokenizer = small.chatml()
     tokenizer.add_tokens([AddedToken(token[0], normalized=False, **token[1])])
-    assert not Vocabulary(tokenizer, "test").cuts_lines
+    assert not Vocabulary(tokenizer, "test").cuts_spaces

@@ -29,6 +29,7 @@ def one_strips_left() -> Tokenizer:
 STYLES: dict[str, tuple[Callable[[], Tokenizer], str, list[str]]] = {
     "chatml": (small.chatml, small.CHATML, ["<|im_start|>"]),
     "rewrites earlier turns": (small.chatml, small.FORGETS_THOUGHTS, ["<|im_start|>"]),
+    "older byte level": (small.older_byte_level, small.CHATML, ["<|im_start|>"]),
     "headers": (small.headers, small.HEADERS, ["<|start_header_id|>"]),
     "brackets": (lambda: small.prefix_space("normalizer"), small.BRACKETS, ["</s>"]),
     "brackets, prefix space at the start only": (lambda: small.prefix_space("first"), small.BRACKETS, ["</s>"]),
