@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gorgo_plugin.decision import Prompt
+from gorgo_plugin.errors import PromptError
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime.probes import Unreachable, measuring
 from gorgo_plugin.settings import ProbeSettings, ReplicaSettings
@@ -26,6 +27,20 @@ REASONS = {
     "affinity": "the session's hash points to it",
     "random": "drawn at random",
 }
+
+
+def question(asked: object) -> tuple[Mapping[str, Any], str, str | None]:
+    """(body, endpoint, model) of what `gorgo explain` posts to a gateway: an object with `body`, `endpoint`, `model`.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    if not isinstance(asked, Mapping) or not isinstance(asked.get("body"), Mapping):
+        raise PromptError("body: expected an object with the request's body, its endpoint and its model")
+    endpoint, model = asked.get("endpoint"), asked.get("model")
+    if not isinstance(endpoint, str) or not isinstance(model, str | None):
+        raise PromptError("endpoint, model: expected text")
+    return asked["body"], endpoint, model
 
 
 def explanation(router: Router, prompt: Prompt, endpoint: str) -> dict[str, Any]:

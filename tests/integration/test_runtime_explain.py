@@ -15,6 +15,7 @@ from aiohttp import web
 
 from gorgo_plugin import PromptError, Settings
 from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.explain import question
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "tell me a long story " * 100}]}
 CHAT = "/v1/chat/completions"
@@ -42,9 +43,8 @@ async def gateway(explains: bool) -> AsyncIterator[tuple[Runtime, str]]:
         return web.json_response(runtime.status())
 
     async def explain(request: web.Request) -> web.Response:
-        asked = await request.json()
         try:
-            return web.json_response(await runtime.explain(asked["body"], asked["endpoint"], asked["model"]))
+            return web.json_response(await runtime.explain(*question(await request.json())))
         except PromptError as error:
             return web.json_response({"detail": str(error)}, status=400)
 
@@ -131,3 +131,12 @@ async def test_an_explanation_opens_no_flight_and_teaches_nothing() -> None:
         assert first["replicas"]["a"]["cached_tokens"] == second["replicas"]["a"]["cached_tokens"] == 0
         assert runtime.router.snapshot()["counters"] == before
         json.dumps(first, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [None, [], {}, {"body": 7, "endpoint": CHAT}, {"body": BODY}, {"body": BODY, "endpoint": CHAT, "model": 7}],
+)
+def test_a_question_of_another_shape_is_refused(asked: Any) -> None:
+    with pytest.raises(PromptError, match=r"expected"):
+        question(asked)
