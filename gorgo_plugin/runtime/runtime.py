@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.errors import PromptError, SettingsError
 from gorgo_plugin.policies import POLICIES
+from gorgo_plugin.prompt.endpoints import CHAT
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
 from gorgo_plugin.runtime.background import Background, Job
@@ -56,7 +58,7 @@ class Runtime:
             SettingsError: a setting cannot be used, or a tokenizer is out of reach.
         """
         self._secret = secrets.token_bytes(32)
-        self.router = Router(with_local_tokenizers(settings), secret=self._secret)
+        self.router = _warm(Router(with_local_tokenizers(settings), secret=self._secret))
         self.settings = settings
         self.gateway = gateway
         self.metrics = Metrics(settings)
@@ -143,7 +145,7 @@ class Runtime:
             local = with_local_tokenizers(settings)
             router = self.router
             if _decides_by(settings) != _decides_by(self.settings):
-                router = Router(local, state=self.router.snapshot(), secret=self._secret)
+                router = _warm(Router(local, state=self.router.snapshot(), secret=self._secret))
         except SettingsError as error:
             self.refuse(str(error))
             raise
@@ -246,6 +248,14 @@ def longer_than(body: Body, limit_chars: int) -> bool:
         if left < 0:
             return True
     return False
+
+
+def _warm(router: Router) -> Router:
+    """Prepare one prompt per model: the first takes 50 ms, in which templates are compiled and code is imported."""
+    for model in ("", *router.settings.models):
+        with contextlib.suppress(PromptError):  # a template may refuse this very conversation
+            router.prepare({"messages": [{"role": "user", "content": "hello"}]}, CHAT, model)
+    return router
 
 
 def _decides_by(settings: Settings) -> dict[str, Any]:

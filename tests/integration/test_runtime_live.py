@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gorgo_plugin import Settings, SettingsError
+from gorgo_plugin import PromptError, Router, Settings, SettingsError
 from gorgo_plugin.runtime import Runtime
 from gorgo_plugin.runtime.runtime import longer_than
 
@@ -191,8 +191,6 @@ async def test_the_state_in_status_can_be_taken_over_by_another_router(listener:
     async with started(settings(listener)) as runtime:
         await until(lambda: runtime.status()["replicas"]["a"]["latency"]["rtt_ms"] is not None)
         status = runtime.status()
-    from gorgo_plugin import Router
-
     copy = Router(runtime.settings, state=status).snapshot()["replicas"]["a"]
     assert copy["latency"]["rtt_ms"] == status["replicas"]["a"]["latency"]["rtt_ms"]
 
@@ -284,9 +282,21 @@ async def test_a_short_prompt_is_prepared_without_a_thread(
         assert gorgo_threads() == ["gorgo-test"]
 
 
-async def test_an_unreadable_body_is_counted_and_raised(listener: int) -> None:
-    from gorgo_plugin import PromptError
+def test_every_model_is_warm_before_the_first_request(listener: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[str | None] = []
+    prepare = Router.prepare
 
+    def noted(router: Router, body: Any, endpoint: str, model: str | None = None) -> Any:
+        warmed.append(model)
+        return prepare(router, body, endpoint, model)
+
+    monkeypatch.setattr(Router, "prepare", noted)
+    refusing = "{{ raise_exception('never') }}"
+    Runtime(settings(listener, models={"m": {}, "n": {"chat_template": refusing}})).close()
+    assert warmed == ["", "m", "n"]
+
+
+async def test_an_unreadable_body_is_counted_and_raised(listener: int) -> None:
     async with started(settings(listener)) as runtime:
         with pytest.raises(PromptError):
             await runtime.prepare(b"{not json", CHAT)
