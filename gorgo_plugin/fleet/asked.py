@@ -105,5 +105,6 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        return " ".join(part["text"] for part in content if isinstance(part.get("text"), str))
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        return " ".join(text for text in texts if isinstance(text, str))
     return repr(content)

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -42,11 +42,13 @@ from gorgo_plugin.settings import Settings
 
 MAX_BODY_BYTES = 64 * 2**20
 INLINE_CHARS = 2048  # about 2 ms of tokenizing on the loop; more goes to a thread
+CHARS_PER_TOKEN = 5  # of the answers' words, with their spaces
 HEADERS_S = (0.010, 0.030)  # a real server's headers come this long after the request, before any token
 SHUTDOWN_S = 0.5
 _LOOPBACK = ("127.0.0.1", "::1")
 _DIED = 70  # exit status of a process told to die
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -95,8 +97,12 @@ class _Job:
     asked: Asked
     prompt_tokens: int
     output_tokens: int
-    words: list[str]
     arrived_s: float
+
+    @property
+    def words(self) -> list[str]:
+        """The answer, a token a word."""
+        return reply_passage(self.asked.last_text, self.output_tokens).text.split()
 
 
 class MockReplica:
@@ -213,7 +219,10 @@ class MockReplica:
         assert endpoint is not None
         asked = read_asked(await request.read(), self.settings.models)
         prompt = await self._prompt(asked, endpoint)
-        job, engine_request = self._job(asked, endpoint, prompt, arrived_s)
+        output_tokens = 0 if endpoint == EMBEDDINGS else self._output_tokens(asked, len(prompt))
+        job = _Job(f"{self.settings.name}-{next(self._numbers)}", asked, len(prompt), output_tokens, arrived_s)
+        keys = await self._off_loop(output_tokens * CHARS_PER_TOKEN, partial(self._block_keys, job, prompt))
+        engine_request = EngineRequest(job.id, len(prompt), output_tokens, keys)
         try:
             events = self._driver.submit(engine_request)
         except ValueError as error:
@@ -228,33 +237,38 @@ class MockReplica:
 
     async def _prompt(self, asked: Asked, endpoint: str) -> Prompt:
         plan = self._builder.plan(asked.body, endpoint, asked.model)
-        if plan.cold_chars <= INLINE_CHARS:
-            return plan.finish()
-        return await self._loop.run_in_executor(self._threads, plan.finish)
+        return await self._off_loop(plan.cold_chars, plan.finish)
 
-    def _job(self, asked: Asked, endpoint: str, prompt: Prompt, arrived_s: float) -> tuple[_Job, EngineRequest]:
-        """Decide the answer and name its blocks.
+    async def _off_loop(self, chars: int, work: Callable[[], T]) -> T:
+        """Do work that tokenizes `chars` characters: in a thread, when it would hold the loop for long."""
+        if chars <= INLINE_CHARS:
+            return work()
+        return await self._loop.run_in_executor(self._threads, work)
+
+    def _output_tokens(self, asked: Asked, prompt_tokens: int) -> int:
+        """How many tokens to generate.
 
         Raises:
             RequestRefused: prompt and output are longer than the model takes.
         """
-        room = self.settings.profile.max_model_tokens - len(prompt)
-        output_tokens = 0 if endpoint == EMBEDDINGS else asked.cap or min(self.settings.output_tokens, room)
-        if output_tokens > room or room < 0:
+        most = self.settings.profile.max_model_tokens
+        room = most - prompt_tokens
+        wanted = asked.cap or max(1, min(self.settings.output_tokens, room))
+        if wanted > room:
             raise RequestRefused(
                 400,
-                f"This model takes at most {self.settings.profile.max_model_tokens} tokens; the request has "
-                f"{len(prompt)} in the prompt and asks for {output_tokens}.",
+                f"This model takes at most {most} tokens; the request has {prompt_tokens} in the prompt and asks for "
+                f"{wanted}.",
                 "messages" if "messages" in asked.body else "prompt",
             )
-        text = reply_passage(asked.last_text, output_tokens).text
-        reply = self._builder.prepare({"prompt": text, "add_special_tokens": False}, COMPLETIONS, asked.model)
-        salt = f"{asked.model}\0{prompt.cache_key}"
-        tokens = np.concatenate([prompt.tokens, reply.tokens[:output_tokens]])
-        keys = block_keys(tokens, self.settings.profile.block_tokens, salt)
-        job_id = f"{self.settings.name}-{next(self._numbers)}"
-        job = _Job(job_id, asked, len(prompt), output_tokens, text.split(" "), arrived_s)
-        return job, EngineRequest(job_id, len(prompt), output_tokens, keys)
+        return wanted
+
+    def _block_keys(self, job: _Job, prompt: Prompt) -> list[int]:
+        """Keys of the blocks of prompt and answer, in the tokens the answer will have as part of the next prompt."""
+        text = " ".join(job.words)
+        reply = self._builder.prepare({"prompt": [text], "add_special_tokens": False}, COMPLETIONS, job.asked.model)
+        tokens = np.concatenate([prompt.tokens, reply.tokens[: job.output_tokens]])
+        return block_keys(tokens, self.settings.profile.block_tokens, f"{job.asked.model}\0{prompt.cache_key}")
 
     def _answer(self, endpoint: str, job: _Job) -> Answer:
         head = AnswerHead(
@@ -295,22 +309,23 @@ class MockReplica:
         await response.prepare(request)
         if begin := answer.begin():
             await response.write(begin)
+        words = job.words
         sent = 0
         while (event := await events.get()) is not None:
             await way_back.arrival(event.at_s)
             if isinstance(event, FirstToken):
                 self._metrics.observe_ttft(event.at_s - job.arrived_s)
-                await response.write(answer.first(job.words[0], Usage(job.prompt_tokens, event.cached_tokens, 1)))
+                await response.write(answer.first(words[0], Usage(job.prompt_tokens, event.cached_tokens, 1)))
                 sent = 1
                 if cut:
                     break
                 continue
             if event.generated > sent:
-                await response.write(answer.more(" " + " ".join(job.words[sent : event.generated])))
+                await response.write(answer.more(" " + " ".join(words[sent : event.generated])))
                 sent = event.generated
             if isinstance(event, Finished):
                 usage = Usage(job.prompt_tokens, event.cached_tokens, event.generated)
-                await response.write(answer.end(" ".join(job.words), usage))
+                await response.write(answer.end(" ".join(words), usage))
                 await response.write_eof()
                 return response
         _break(request)
