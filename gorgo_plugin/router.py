@@ -279,6 +279,28 @@ class Router:
                 self._size_index(model)
             self.settings = self.settings.model_copy(update={"replicas": list(replicas)})
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Put other settings into force. What was learned stays, but for a model whose prompts are now cut otherwise.
+
+        Slow where a tokenizer has to be read, and not under the lock meanwhile.
+
+        Raises:
+            SettingsError: a tokenizer or chat template cannot be read; nothing has changed then.
+        """
+        same_prompts = _prepared_by(settings) == _prepared_by(self.settings)
+        builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
+        with self._lock:
+            old, self.settings, self.builder = self.settings, settings, builder
+            self._policy, self._weights = POLICIES[settings.policy], settings.weight_pair()
+            self._latency.settings, self._health.settings = settings.probe, settings.health
+            if settings.flight_ttl_s != old.flight_ttl_s:
+                self._attempts = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, self._clock)
+            for name, model in list(self._models.items()):
+                model.rates.prior = settings.rates
+                if settings.model_settings(name) != old.model_settings(name):
+                    self._replicas.drop_table(self._models.pop(name))
+            self.set_replicas(settings.replicas)
+
     def sweep(self) -> int:
         """Release flights older than `flight_ttl_s`, whoever lost sight of them; returns how many."""
         with self._lock:
@@ -498,6 +520,13 @@ class Router:
                 self._latency.restore(slot, latency["rtt_ms"], latency["spread_ms"], now - latency["age_s"])
             for model, rates in known["models"].items():
                 self._model(model).rates.restore(slot, rates["ms_per_token"], rates["overhead_ms"], rates["samples"])
+
+
+def _prepared_by(settings: Settings) -> tuple[Any, ...]:
+    """The settings a `PromptBuilder` is built from."""
+    prepare = settings.prepare
+    shape = (settings.tokenizer, settings.chat_template, settings.models)
+    return (*shape, prepare.cache_bytes, prepare.image_tokens)
 
 
 def _affinity(prompt: Prompt) -> bytes:

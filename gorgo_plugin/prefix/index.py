@@ -36,6 +36,7 @@ class Credit:
     """What one dispatch added to the index, so that it can be taken back or corrected.
 
     Attributes:
+        index: who gave it; a model that starts anew has another one.
         replica, bit: who was credited, and under which identity (a forgotten replica gets a new one).
         tick: the time of use that the credit wrote.
         leaf: the last node of the path.
@@ -45,6 +46,7 @@ class Credit:
         stamps: (end block, tick of last use before this credit) of each part that was believed cached.
     """
 
+    index: PrefixIndex
     replica: int
     bit: int
     tick: int
@@ -141,12 +143,12 @@ class PrefixIndex:
             self._queue_if_leaf(node, bit)
         self._evict_to_capacity(replica)
         had = stamps[-1][0] if stamps else 0
-        return Credit(replica, bit, self._tick, node, boundary, extended, had, tuple(stamps))
+        return Credit(self, replica, bit, self._tick, node, boundary, extended, had, tuple(stamps))
 
     def revoke(self, credit: Credit) -> None:
         """Take back what `credit` added, except what a later use has confirmed."""
         bit, node = credit.bit, credit.leaf
-        if self._bit_of.get(credit.replica) != bit:
+        if not self._stands(credit):
             return
         while node is not credit.boundary:
             if node.mask >> bit & 1:
@@ -160,6 +162,10 @@ class PrefixIndex:
             assert node.parent is not None
             node, left = node.parent, left - self._drop_tail(node, bit, left)
 
+    def _stands(self, credit: Credit) -> bool:
+        """Whether the replica is still the one that was credited, not forgotten since and not of another index."""
+        return credit.index is self and self._bit_of.get(credit.replica) == credit.bit
+
     def _used_since(self, node: _Node, credit: Credit) -> bool:
         return node.used[credit.bit] != credit.tick or bool(node.holding_children.get(credit.bit))
 
@@ -169,7 +175,7 @@ class PrefixIndex:
         Engines evict least recently used first, so everything last used no later than the missing block is gone too.
         Returns the number of blocks forgotten.
         """
-        if self._bit_of.get(credit.replica) != credit.bit:
+        if not self._stands(credit):
             return 0
         oldest = next((tick for end, tick in credit.stamps if end > cached_blocks), None)
         if oldest is None:

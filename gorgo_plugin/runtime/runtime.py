@@ -42,8 +42,7 @@ class Runtime:
     """A Router with what keeps it informed: probes, scrapes, metrics, and threads that prepare long prompts.
 
     Attributes:
-        router: decides; its methods are thread-safe and take microseconds. A reload may replace it: end a flight at
-            the router that opened it.
+        router: decides; its methods are thread-safe and take microseconds.
         settings: in force, as they were given (hub names unresolved).
         metrics: counts what the adapter reports.
         gateway: name of the host, for status.
@@ -57,8 +56,7 @@ class Runtime:
         Raises:
             SettingsError: a setting cannot be used, or a tokenizer is out of reach.
         """
-        self._secret = secrets.token_bytes(32)
-        self.router = _warm(Router(with_local_tokenizers(settings), secret=self._secret))
+        self.router = _warm(Router(with_local_tokenizers(settings), secret=secrets.token_bytes(32)))
         self.settings = settings
         self.gateway = gateway
         self.metrics = Metrics(settings)
@@ -134,7 +132,7 @@ class Runtime:
         return prompt
 
     def reload(self, settings: Settings) -> None:
-        """Put new settings into force; where only the fleet changed, the replicas that stay keep all their state.
+        """Put new settings into force; the replicas that stay keep all their state.
 
         May take as long as a tokenizer takes to load, so call it from a thread where an event loop must go on.
 
@@ -142,18 +140,13 @@ class Runtime:
             SettingsError: they cannot be used; the last good ones stay in force and `settings_error` says why.
         """
         try:
-            local = with_local_tokenizers(settings)
-            router = self.router
-            if _decides_by(settings) != _decides_by(self.settings):
-                router = _warm(Router(local, state=self.router.snapshot(), secret=self._secret))
+            self.router.reconfigure(with_local_tokenizers(settings))
         except SettingsError as error:
             self.refuse(str(error))
             raise
-        if router is self.router:
-            router.set_replicas(settings.replicas)
         if settings.prepare.threads != self.settings.prepare.threads:
             self._executor = None  # its threads end once the prompts under way are finished
-        self.router, self.settings, self.settings_error = router, settings, None
+        self.settings, self.settings_error = settings, None
         self.metrics.set_settings(settings)
         self._watch_replicas()
 
@@ -221,12 +214,10 @@ class Runtime:
                 jobs[key] = self._jobs.get(key) or ScrapeJob(
                     replica, settings.metrics, interval_s, router, metrics.scrape_failed
                 )
-        for job in jobs.values():
-            job.router = router
         self._jobs = jobs
         wanted: dict[Hashable, Job] = {key: job.run for key, job in jobs.items()}
         pause_s = settings.flight_ttl_s / SWEEPS_PER_TTL
-        wanted["sweep", id(router), pause_s] = functools.partial(_sweep, router, pause_s)
+        wanted["sweep", pause_s] = functools.partial(_sweep, router, pause_s)
         self._background.want(wanted)
 
 
@@ -256,20 +247,6 @@ def _warm(router: Router) -> Router:
         with contextlib.suppress(PromptError):  # a template may refuse this very conversation
             router.prepare({"messages": [{"role": "user", "content": "hello"}]}, CHAT, model)
     return router
-
-
-def _decides_by(settings: Settings) -> dict[str, Any]:
-    """The settings that a Router is built from, but for its replicas."""
-    return settings.model_dump(
-        exclude={
-            "mode": True,
-            "replicas": True,
-            "metrics": True,
-            "response_headers": True,
-            "probe": {"path", "interval_s", "timeout_s"},
-            "prepare": {"inline_chars", "threads"},
-        }
-    )
 
 
 async def _sweep(router: Router, pause_s: float) -> None:

@@ -21,7 +21,7 @@ class HealthTable:
     """A circuit breaker per replica. After a failure it pauses, each time twice as long; then one trial decides."""
 
     def __init__(self, settings: HealthSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._rows: dict[int, _Health] = {}
         self._troubled: set[int] = set()  # rows that are not in perfect health; usually none, and then all is fast
 
@@ -48,8 +48,8 @@ class HealthTable:
         if row.failures and dispatched_s <= row.failed_at_s:
             return
         row.failures += 1
-        pause = self._settings.backoff_s * 2.0 ** min(row.failures - 1, 30)
-        row.closed_until_s = now_s + min(pause, self._settings.backoff_max_s)
+        pause = self.settings.backoff_s * 2.0 ** min(row.failures - 1, 30)
+        row.closed_until_s = now_s + min(pause, self.settings.backoff_max_s)
         row.failed_at_s = now_s
         self._note(slot, row)
 
@@ -64,7 +64,7 @@ class HealthTable:
         """A request goes to a replica in trouble: it is the trial, and others wait for its outcome."""
         if slot in self._troubled:
             row = self._rows[slot]
-            row.trial, row.trial_until_s = flight_id, now_s + self._settings.backoff_max_s
+            row.trial, row.trial_until_s = flight_id, now_s + self.settings.backoff_max_s
 
     def ended(self, slot: int, flight_id: int) -> None:
         """A flight ended without a verdict on the replica: the next request may try."""
@@ -92,7 +92,7 @@ class HealthTable:
         if not row.failures:
             return True
         # A clock that jumped back must not close a replica for longer than the longest pause.
-        paused = row.closed_until_s - self._settings.backoff_max_s <= now_s < row.closed_until_s
+        paused = row.closed_until_s - self.settings.backoff_max_s <= now_s < row.closed_until_s
         return not paused and (row.trial is None or now_s >= row.trial_until_s)
 
     def _note(self, slot: int, row: _Health) -> None:

@@ -20,14 +20,14 @@ class LatencyTable(Table):
 
     def __init__(self, settings: ProbeSettings) -> None:
         super().__init__(rtt_ms=math.nan, spread_ms=0.0, at_s=-math.inf)
-        self._settings = settings
+        self.settings = settings
 
     def observe(self, slot: int, rtt_s: float, now_s: float) -> None:
         """Take in one measured round trip; values that are no duration are ignored."""
         if not (0.0 <= rtt_s < math.inf):
             return
         rtt, spread, at = (self._columns[name] for name in ("rtt_ms", "spread_ms", "at_s"))
-        sample, alpha = rtt_s * 1000.0, self._settings.alpha
+        sample, alpha = rtt_s * 1000.0, self.settings.alpha
         if math.isnan(rtt[slot]):
             rtt[slot], spread[slot] = sample, sample / 2  # as TCP starts its own estimate (RFC 6298)
         else:
@@ -44,17 +44,17 @@ class LatencyTable(Table):
     def network_ms(self, slots: SlotArray) -> FloatArray:
         """The round trip to price; the prior where none was ever measured, so never 0 for want of knowledge."""
         rtt = self._columns["rtt_ms"][slots]
-        return np.where(np.isnan(rtt), self._settings.prior_ms, rtt)
+        return np.where(np.isnan(rtt), self.settings.prior_ms, rtt)
 
     def doubt_ms(self, slots: SlotArray, now_s: float) -> FloatArray:
         """What not knowing costs: the prior once more where nothing was measured; growing with age once stale."""
         rtt = self._columns["rtt_ms"][slots]
-        periods = self.age_s(slots, now_s) / self._settings.stale_after_s
+        periods = self.age_s(slots, now_s) / self.settings.stale_after_s
         if not np.isnan(rtt).any() and not (periods > 1.0).any():
             return np.zeros(len(rtt))
         late = np.clip(periods, 0.0, MAX_STALE_PERIODS)
         stale = np.where(periods > 1.0, (self._columns["spread_ms"][slots] + STALE_GROWTH * rtt) * late, 0.0)
-        return np.where(np.isnan(rtt), self._settings.prior_ms, stale)
+        return np.where(np.isnan(rtt), self.settings.prior_ms, stale)
 
     def age_s(self, slots: SlotArray, now_s: float) -> FloatArray:
         """Seconds since the last sample, inf where there was none, 0 where the clock went backwards."""
@@ -70,5 +70,5 @@ class LatencyTable(Table):
             "rtt_ms": rtt,
             "spread_ms": float(self._columns["spread_ms"][slot]),
             "age_s": age,
-            "stale": age > self._settings.stale_after_s,
+            "stale": age > self.settings.stale_after_s,
         }

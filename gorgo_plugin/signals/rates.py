@@ -29,7 +29,7 @@ class RateTable(Table):
 
     def __init__(self, prior: RateSettings) -> None:
         super().__init__(ms_per_token=prior.ms_per_token, overhead_ms=prior.overhead_ms, samples=0.0)
-        self._prior = prior
+        self.prior = prior
         self._windows: dict[int, deque[tuple[float, float]]] = {}
 
     def reset(self, slot: int) -> None:
@@ -74,7 +74,7 @@ class RateTable(Table):
 
     def _fit(self, slot: int, window: deque[tuple[float, float]]) -> None:
         tokens, times = np.array(window).T
-        prior, columns = self._prior, self._columns
+        prior, columns = self.prior, self._columns
         slope = weighted_median(
             np.append(np.maximum(times - columns["overhead_ms"][slot], 0.0) / tokens, prior.ms_per_token),
             np.append(np.minimum(tokens, FULL_TOKENS), SLOPE_PRIOR_TOKENS),

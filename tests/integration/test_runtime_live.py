@@ -225,8 +225,13 @@ async def test_a_reload_of_the_fleet_keeps_the_state_of_replicas_that_stay(liste
 async def test_a_reload_of_the_policy_keeps_what_was_learned(listener: int) -> None:
     async with started(settings(listener)) as runtime:
         await until(lambda: runtime.status()["replicas"]["a"]["latency"]["rtt_ms"] is not None)
+        prompt = await runtime.prepare({"prompt": "word " * 500}, "/v1/completions")
+        flight = runtime.router.route(prompt, candidates=["a"]).flight_id
         runtime.reload(settings(listener, policy="nearest"))
         status = runtime.status()
+        assert status["flights"]["a"] == 1
+        runtime.router.finish(flight)
+        assert runtime.router.explain(prompt).costs["a"].cached_tokens > 0
         assert status["policy"] == "nearest"
         assert status["replicas"]["a"]["latency"]["rtt_ms"] is not None
         seen = status["replicas"]["a"]["probe"]["successes"]

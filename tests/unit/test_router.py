@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gorgo_plugin import NoCandidates, Prompt, PromptError, Router, Settings
+from gorgo_plugin import NoCandidates, Prompt, PromptError, Router, Settings, SettingsError
 from gorgo_plugin.router import MAX_MODELS
 from gorgo_plugin.settings import ReplicaSettings
 from gorgo_plugin.signals import EngineGauges
@@ -302,6 +302,38 @@ def test_a_reload_keeps_what_is_known_of_unchanged_replicas(router: Router) -> N
     router.first_token(open_flight)
     router.finish(open_flight)
     assert at_rest(router)
+
+
+def test_other_settings_take_effect_and_what_was_learned_stays(router: Router) -> None:
+    router.finish(router.route(prompt(), candidates=["us"]).flight_id)
+    open_flight = router.route(prompt(length=100), candidates=["eu"]).flight_id
+    changed = router.settings.model_dump(exclude_defaults=True) | {"policy": "nearest", "weights": {"rtt": 3.0}}
+    router.reconfigure(Settings.model_validate(changed))
+    decision = router.explain(prompt())
+    assert decision.reason == "nearest"
+    assert decision.costs["us"].cached_tokens == 7984
+    assert decision.costs["eu"].total_ms > 3 * 279.0
+    router.finish(open_flight)
+    assert at_rest(router)
+
+
+def test_a_model_whose_blocks_change_starts_anew_and_its_open_flights_end_well(router: Router) -> None:
+    flight = router.route(prompt(), candidates=["us"]).flight_id
+    router.reconfigure(
+        Settings.model_validate(router.settings.model_dump(exclude_defaults=True) | {"block_tokens": 32})
+    )
+    again = router.route(prompt(), candidates=["us"])
+    assert again.costs["us"].cached_tokens == 0
+    router.fail(flight, "unreached")  # its credit was of the index before
+    assert router.explain(prompt()).costs["us"].cached_tokens == 7968
+    router.finish(again.flight_id)
+    assert at_rest(router)
+
+
+def test_settings_that_cannot_be_read_change_nothing(router: Router) -> None:
+    with pytest.raises(SettingsError, match=r"^tokenizer: "):
+        router.reconfigure(Settings.model_validate({"tokenizer": "/nowhere", "policy": "random"}))
+    assert router.explain(prompt()).reason == "cheapest"
 
 
 def test_a_replica_at_a_new_url_is_a_new_replica(router: Router) -> None:
