@@ -44,7 +44,7 @@ class PromptModel:
         """`template` is (text, origin) of a configured template; None: the tokenizer folder's, else ChatML.
 
         Raises:
-            SettingsError: a template's syntax is wrong. It begins with the origin, not with a setting.
+            SettingsError: a template's syntax is wrong; which setting gave it is for the caller to say.
         """
         self._name = name
         self.vocabulary = vocabulary
@@ -54,6 +54,7 @@ class PromptModel:
         self._templates = {kind: self._compiled(text, source, now) for kind, text in texts.items()}
         self._failures = 0
         self._lock = threading.Lock()
+        self._spaces = vocabulary.cuts_spaces  # found out now: the trial takes longer than a request may
         self.cuts = self._choose_cuts()
         self._cut_bytes = tuple(cut.encode() for cut in self.cuts)
 
@@ -78,7 +79,7 @@ class PromptModel:
 
     def cut(self, text: bytes) -> list[bytes]:
         """Cut text where its tokenization is cut as well."""
-        return cut_text(text, self._cut_bytes, spaces=self.vocabulary.cuts_spaces)
+        return cut_text(text, self._cut_bytes, spaces=self._spaces)
 
     def _count_failure(self, failure: TemplateFailure) -> None:
         with self._lock:
@@ -97,7 +98,7 @@ class PromptModel:
         if cuts and self.vocabulary.cuts_exactly(cuts, trials):
             return cuts
         reason = "joined pieces differ from the whole" if cuts else "no special tokens part them"
-        instead = "cut between words alone" if self.vocabulary.cuts_spaces else "tokenized whole"
+        instead = "cut between words alone" if self._spaces else "tokenized whole"
         _log.info("gorgo: messages of model '%s' are not remembered one by one (%s): %s", self._name, reason, instead)
         return ()
 
@@ -114,9 +115,9 @@ class PromptModel:
             "tokenizer": self.vocabulary.source,
             "vocabulary_size": self.vocabulary.size,
             "chat_template": self._origin,
-            "tokenized": "by-segment" if self.cuts or self.vocabulary.cuts_spaces else "whole",
+            "tokenized": "by-segment" if self.cuts or self._spaces else "whole",
             "cut_tokens": list(self.cuts),
-            "cut_spaces": self.vocabulary.cuts_spaces,
+            "cut_spaces": self._spaces,
             "exact": self.exact and bool(self._templates),
             "template_failures": self._failures,
         }

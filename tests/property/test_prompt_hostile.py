@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from gorgo_plugin import Prompt, PromptError, Settings
 from gorgo_plugin.prompt import ENDPOINTS, PromptBuilder
 
-BUILDER = PromptBuilder(Settings.model_validate({"prepare": {"image_tokens": 4}}), secret=b"test")
+TEMPLATE = (
+    "{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content | trim }}{{ m.name }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}{{ m.reasoning_content }}{% endfor %}"
+)
+BUILDERS = [
+    PromptBuilder(Settings.model_validate({"prepare": {"image_tokens": 4}, **template}), secret=b"test")
+    for template in ({}, {"chat_template": TEMPLATE})
+]
 
 KEYS = st.sampled_from(
     [
@@ -59,8 +66,13 @@ BODIES = st.fixed_dictionaries({}, optional=FIELDS)
 
 
 def check(body: Any, endpoint: str) -> None:
+    for builder in BUILDERS:
+        check_one(builder, body, endpoint)
+
+
+def check_one(builder: PromptBuilder, body: Any, endpoint: str) -> None:
     try:
-        prompt = BUILDER.prepare(body, endpoint)
+        prompt = builder.prepare(body, endpoint)
     except PromptError as error:
         sentence = str(error)
         assert ": " in sentence
