@@ -15,6 +15,7 @@ from gorgo_plugin.fleet.gateway import ROWS, litellm_config
 from gorgo_plugin.fleet.loadgen import Outcome
 from gorgo_plugin.fleet.report import conclusion, lines, table, write_json, write_plot
 from gorgo_plugin.fleet.statistics import summarise_run, ttft_ratio
+from gorgo_plugin.policies import POLICIES
 
 
 def outcome(ttft_ms: float, replica: str = "us-east", cached: int = 0) -> Outcome:
@@ -120,6 +121,10 @@ def test_a_time_scale_stretches_the_same_requests() -> None:
     once, twice = (load_workload(DemoSettings(requests=50, time_scale=scale)).requests for scale in (None, 2.0))
     assert [request.messages for request in once] == [request.messages for request in twice]
     assert [2 * request.at_s for request in once] == [request.at_s for request in twice]
+
+
+def test_every_policy_can_be_a_row() -> None:
+    assert set(POLICIES) - {"gorgo-proxy"} == {row.policy for row in ROWS.values()} - {None}  # an alias
 
 
 def test_litellms_own_rows_know_nothing_of_the_plugin() -> None:
