@@ -9,6 +9,7 @@ import click
 
 _PROFILES = ("linear", "curved", "tiny-cpu")
 _FAULTS = ("none", "error", "hang", "reset", "cut", "rate-limit", "die")
+_ENGINE_OPTIONS = ("a_ms", "kv_tokens", "block_tokens", "max_running", "step_tokens")
 
 
 @click.command()
@@ -19,7 +20,7 @@ _FAULTS = ("none", "error", "hang", "reset", "cut", "rate-limit", "die")
 @click.option("--rtt-ms", default=0.0, type=click.FloatRange(0), help="Injected round trip.")
 @click.option("--jitter-ms", default=0.0, type=click.FloatRange(0), help="Standard deviation of the round trip.")
 @click.option("--profile", default="linear", type=click.Choice(_PROFILES), help="What the engine is like.")
-@click.option("--ms-per-token", type=click.FloatRange(0, min_open=True), help="Prefill per uncached token.")
+@click.option("--ms-per-token", "a_ms", type=click.FloatRange(0, min_open=True), help="Prefill per uncached token.")
 @click.option("--kv-tokens", type=click.IntRange(1), help="Tokens the KV cache holds.")
 @click.option("--block-tokens", type=click.IntRange(1), help="Tokens of a KV block.")
 @click.option("--max-running", type=click.IntRange(1), help="Requests admitted at once.")
@@ -30,36 +31,12 @@ _FAULTS = ("none", "error", "hang", "reset", "cut", "rate-limit", "die")
 @click.option("--tokenizer", help="Tokenizer file or folder; without it the embedded one.")
 @click.option("--chat-template", help="Chat template text or file.")
 @click.option("--seed", default=0, help="Seeds the engine, the jitter and the faults.")
-@click.option("--fault", default="none", type=click.Choice(_FAULTS), help="How it fails from the start.")
+@click.option("--fault", "fault_kind", default="none", type=click.Choice(_FAULTS), help="How it fails from the start.")
 @click.option("--fault-after", default=0, type=click.IntRange(0), help="Requests served before it fails.")
 @click.option("--fault-count", type=click.IntRange(1), help="Requests that fail before it is well again.")
 @click.option("--fault-probability", default=1.0, type=click.FloatRange(0, 1), help="Share of requests that fail.")
 @click.option("--fault-health", is_flag=True, help="Let /health and the like fail as well.")
-def mock_upstream(
-    name: str,
-    models: tuple[str, ...],
-    host: str,
-    port: int,
-    rtt_ms: float,
-    jitter_ms: float,
-    profile: str,
-    ms_per_token: float | None,
-    kv_tokens: int | None,
-    block_tokens: int | None,
-    max_running: int | None,
-    step_tokens: int | None,
-    stream_interval: int,
-    output_tokens: int,
-    metrics_style: str,
-    tokenizer: str | None,
-    chat_template: str | None,
-    seed: int,
-    fault: str,
-    fault_after: int,
-    fault_count: int | None,
-    fault_probability: float,
-    fault_health: bool,
-) -> None:
+def mock_upstream(**options: Any) -> None:
     """Serve one mock replica over HTTP.
 
     It answers OpenAI and Anthropic requests as an engine with a prefix cache would, behind an injected network, and
@@ -72,45 +49,18 @@ def mock_upstream(
     from gorgo_plugin.fleet.faults import Fault
     from gorgo_plugin.fleet.server import MockSettings, serve
 
-    given: dict[str, Any] = {
-        "a_ms": ms_per_token,
-        "kv_tokens": kv_tokens,
-        "block_tokens": block_tokens,
-        "max_running": max_running,
-        "step_tokens": step_tokens,
-    }
+    changes = {name: value for name in _ENGINE_OPTIONS if (value := options.pop(name)) is not None}
+    fault = {name: options.pop(f"fault_{name}") for name in ("kind", "after", "count", "probability", "health")}
     try:
-        engine = dataclasses.replace(PROFILES[profile], **{key: value for key, value in given.items() if value})
+        profile = dataclasses.replace(PROFILES[options.pop("profile")], **changes)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    settings = MockSettings(
-        name=name,
-        models=models,
-        profile=engine,
-        rtt_ms=rtt_ms,
-        jitter_ms=jitter_ms,
-        seed=seed,
-        stream_interval=stream_interval,
-        output_tokens=output_tokens,
-        metrics_style="sglang" if metrics_style == "sglang" else "vllm",
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        fault=Fault.model_validate(
-            {
-                "kind": fault,
-                "after": fault_after,
-                "count": fault_count,
-                "probability": fault_probability,
-                "health": fault_health,
-            }
-        ),
-        host=host,
-        port=port,
-    )
+    settings = MockSettings(profile=profile, fault=Fault.model_validate(fault), **options)
     try:
         asyncio.run(serve(settings))
     except OSError as error:
-        raise click.ClickException(f"--host {host} --port {port}: {error.strerror or error}") from None
+        where = f"--host {settings.host} --port {settings.port}"
+        raise click.ClickException(f"{where}: {error.strerror or error}") from None
 
 
 @click.command()

@@ -56,6 +56,6 @@ def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
 def test_the_command_offers_every_profile_and_every_fault() -> None:
     choices = {param.name: param.type for param in mock_upstream.params}
     assert isinstance(profiles := choices["profile"], click.Choice)
-    assert isinstance(faults := choices["fault"], click.Choice)
+    assert isinstance(faults := choices["fault_kind"], click.Choice)
     assert set(profiles.choices) == set(PROFILES)
     assert set(faults.choices) == set(FAULT_KINDS)
