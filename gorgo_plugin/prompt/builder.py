@@ -168,11 +168,12 @@ class PromptBuilder:
         """Cut text that holds the markers of media; each becomes its run of pseudo-tokens."""
         stretches = _MARKER.split(data)
         count = sum(stretch in media for stretch in stretches)
-        run = min(self._image_tokens, max(1, PSEUDO_TOKENS_MAX // max(1, count)))
+        length = min(self._image_tokens, max(1, PSEUDO_TOKENS_MAX // max(1, count)))
+        runs = {marker: pseudo_tokens(digest, length) for marker, digest in media.items()}
         pieces: list[Piece] = []
         for stretch in stretches:
-            if stretch in media:
-                pieces.append(pseudo_tokens(media[stretch], run))
+            if stretch in runs:
+                pieces.append(runs[stretch])
             else:
                 pieces += model.cut(stretch)
         return pieces
