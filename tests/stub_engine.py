@@ -11,25 +11,45 @@ from typing import Any
 
 from aiohttp import web
 
-USAGE = {
-    "prompt_tokens": 100,
-    "completion_tokens": 5,
-    "total_tokens": 105,
-    "prompt_tokens_details": {"cached_tokens": 64},
-}
-RESPONSES_USAGE = {
-    "input_tokens": 100,
-    "output_tokens": 5,
-    "total_tokens": 105,
-    "input_tokens_details": {"cached_tokens": 64},
-    "output_tokens_details": {"reasoning_tokens": 0},
-}
-MESSAGES_USAGE = {
-    "input_tokens": 36,
-    "output_tokens": 5,
-    "cache_read_input_tokens": 64,
-    "cache_creation_input_tokens": 0,
-}
+OUTPUT_TOKENS = 5
+
+
+def prompt_tokens(body: dict[str, Any]) -> int:
+    """About as many as an engine would count: a quarter of the characters, or the token ids."""
+    prompt = body.get("prompt", body.get("input", body.get("messages")))
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    return max(len(prompt if isinstance(prompt, str) else json.dumps(prompt)) // 4, 1)
+
+
+def usage(body: dict[str, Any], cached: int | None) -> dict[str, Any]:
+    """Usage as chats and completions report it."""
+    count = prompt_tokens(body)
+    details = None if cached is None else {"cached_tokens": cached}
+    return {
+        "prompt_tokens": count,
+        "completion_tokens": OUTPUT_TOKENS,
+        "total_tokens": count + OUTPUT_TOKENS,
+        "prompt_tokens_details": details,
+    }
+
+
+def responses_usage(body: dict[str, Any], cached: int | None) -> dict[str, Any]:
+    """Usage as responses report it."""
+    count = prompt_tokens(body)
+    return {
+        "input_tokens": count,
+        "output_tokens": OUTPUT_TOKENS,
+        "total_tokens": count + OUTPUT_TOKENS,
+        "input_tokens_details": {"cached_tokens": cached or 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def messages_usage(body: dict[str, Any], cached: int | None) -> dict[str, Any]:
+    """Usage as Anthropic messages report it: input tokens are those not read from the cache."""
+    given = {} if cached is None else {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
+    return {"input_tokens": prompt_tokens(body) - (cached or 0), "output_tokens": OUTPUT_TOKENS, **given}
 
 
 @dataclass
@@ -43,6 +63,8 @@ class Behaviour:
     tokens: int = 4
     break_after_tokens: int | None = None
     """Close the connection there."""
+    cached_tokens: int | None = None
+    """Reported with the usage, where it is given."""
 
 
 @dataclass
@@ -112,7 +134,7 @@ class StubEngine:
             if body.get("stream"):
                 return await self._stream(request, body, behaviour)
             await asyncio.sleep(behaviour.before_first_token_s)
-            return web.json_response(whole_answer(request.path, body))
+            return web.json_response(whole_answer(request.path, body, behaviour.cached_tokens))
         finally:
             self.open_requests -= 1
 
@@ -120,7 +142,7 @@ class StubEngine:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         await asyncio.sleep(behaviour.before_first_token_s)
-        for count, event in enumerate(streamed_answer(request.path, body, behaviour.tokens)):
+        for count, event in enumerate(streamed_answer(request.path, body, behaviour)):
             if count == behaviour.break_after_tokens:
                 assert request.transport is not None
                 request.transport.abort()
@@ -130,48 +152,38 @@ class StubEngine:
         return response
 
 
-def whole_answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
+def whole_answer(path: str, body: dict[str, Any], cached: int | None) -> dict[str, Any]:
     """A whole answer of the endpoint."""
     model = body.get("model", "m")
+    base = {"id": "c", "created": 1, "model": model, "usage": usage(body, cached)}
     if path.endswith("/chat/completions"):
-        message = {"role": "assistant", "content": "hi"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 1,
-            "model": model,
-            "choices": [choice],
-            "usage": USAGE,
-        }
+        choice = {"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}
+        return {**base, "object": "chat.completion", "choices": [choice]}
     if path.endswith("/completions"):
-        choice = {"index": 0, "text": "hi", "finish_reason": "stop"}
         return {
-            "id": "c",
+            **base,
             "object": "text_completion",
-            "created": 1,
-            "model": model,
-            "choices": [choice],
-            "usage": USAGE,
+            "choices": [{"index": 0, "text": "hi", "finish_reason": "stop"}],
         }
     if path.endswith("/embeddings"):
         data = [{"object": "embedding", "index": 0, "embedding": [0.1, 0.2]}]
-        return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": 7, "total_tokens": 7}}
+        count = prompt_tokens(body)
+        return {**base, "object": "list", "data": data, "usage": {"prompt_tokens": count, "total_tokens": count}}
     if path.endswith("/responses"):
-        return _response(model, "completed")
+        return _response(model, responses_usage(body, cached))
     if path.endswith("/messages"):
-        return _message(model, [{"type": "text", "text": "hi"}], "end_turn")
+        return _message(model, messages_usage(body, cached), [{"type": "text", "text": "hi"}], "end_turn")
     return {"path": path}
 
 
-def streamed_answer(path: str, body: dict[str, Any], tokens: int) -> Iterable[str]:
+def streamed_answer(path: str, body: dict[str, Any], behaviour: Behaviour) -> Iterable[str]:
     """The server-sent events of a streamed answer of the endpoint."""
-    model = body.get("model", "m")
-    words = [f"w{index} " for index in range(tokens)]
+    model, cached = body.get("model", "m"), behaviour.cached_tokens
+    words = [f"w{index} " for index in range(behaviour.tokens)]
     if path.endswith("/responses"):
-        return _named(_response_events(model, words))
+        return _named(_response_events(model, words, responses_usage(body, cached)))
     if path.endswith("/messages"):
-        return _named(_message_events(model, words))
+        return _named(_message_events(model, words, messages_usage(body, cached)))
     chat = path.endswith("/chat/completions")
     base = {"id": "c", "object": "chat.completion.chunk" if chat else "text_completion", "created": 1, "model": model}
     texts: list[dict[str, Any]] = [{"delta": {"content": word}} if chat else {"text": word} for word in words]
@@ -181,7 +193,7 @@ def streamed_answer(path: str, body: dict[str, Any], tokens: int) -> Iterable[st
     end = {"delta": {}} if chat else {"text": ""}
     chunks.append({**base, "choices": [{"index": 0, **end, "finish_reason": "stop"}]})
     if (body.get("stream_options") or {}).get("include_usage"):
-        chunks.append({**base, "choices": [], "usage": USAGE})
+        chunks.append({**base, "choices": [], "usage": usage(body, cached)})
     return [*(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks), "data: [DONE]\n\n"]
 
 
@@ -189,18 +201,18 @@ def _named(events: list[dict[str, Any]]) -> list[str]:
     return [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
 
 
-def _response(model: str, status: str) -> dict[str, Any]:
+def _response(model: str, counted: dict[str, Any] | None) -> dict[str, Any]:
+    status = "in_progress" if counted is None else "completed"
     text = {"type": "output_text", "text": "hi", "annotations": []}
     item = {"type": "message", "id": "msg_1", "status": status, "role": "assistant", "content": [text]}
-    done = status == "completed"
     return {
         "id": "resp_1",
         "object": "response",
         "created_at": 1,
         "model": model,
         "status": status,
-        "output": [item] if done else [],
-        "usage": RESPONSES_USAGE if done else None,
+        "output": [] if counted is None else [item],
+        "usage": counted,
         "parallel_tool_calls": True,
         "tool_choice": "auto",
         "tools": [],
@@ -213,19 +225,21 @@ def _response(model: str, status: str) -> dict[str, Any]:
     }
 
 
-def _response_events(model: str, words: list[str]) -> list[dict[str, Any]]:
+def _response_events(model: str, words: list[str], counted: dict[str, Any]) -> list[dict[str, Any]]:
     where = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "logprobs": []}
     item = {"type": "message", "id": "msg_1", "status": "in_progress", "role": "assistant", "content": []}
     events: list[dict[str, Any]] = [
-        {"type": "response.created", "response": _response(model, "in_progress")},
+        {"type": "response.created", "response": _response(model, None)},
         {"type": "response.output_item.added", "output_index": 0, "item": item},
         *({"type": "response.output_text.delta", "delta": word, **where} for word in words),
-        {"type": "response.completed", "response": _response(model, "completed")},
+        {"type": "response.completed", "response": _response(model, counted)},
     ]
     return [{**event, "sequence_number": number} for number, event in enumerate(events)]
 
 
-def _message(model: str, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
+def _message(
+    model: str, counted: dict[str, Any], content: list[dict[str, Any]], stop_reason: str | None
+) -> dict[str, Any]:
     return {
         "id": "msg_1",
         "type": "message",
@@ -234,20 +248,20 @@ def _message(model: str, content: list[dict[str, Any]], stop_reason: str | None)
         "content": content,
         "stop_reason": stop_reason,
         "stop_sequence": None,
-        "usage": MESSAGES_USAGE,
+        "usage": counted,
     }
 
 
-def _message_events(model: str, words: list[str]) -> list[dict[str, Any]]:
+def _message_events(model: str, words: list[str], counted: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"type": "message_start", "message": _message(model, [], None)},
+        {"type": "message_start", "message": _message(model, counted, [], None)},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}} for word in words),
         {"type": "content_block_stop", "index": 0},
         {
             "type": "message_delta",
             "delta": {"stop_reason": "end_turn", "stop_sequence": None},
-            "usage": MESSAGES_USAGE,
+            "usage": counted,
         },
         {"type": "message_stop"},
     ]

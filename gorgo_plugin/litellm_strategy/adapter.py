@@ -200,6 +200,9 @@ class Adapter:
                 runtime = Runtime(wanted[key]) if share is None else share.runtime
                 if runtime.settings != wanted[key]:
                     runtime.reload(wanted[key])
+            runtime.settings_error = None
+            mode = runtime.settings.mode
+            runtime.set_active(mode != "off", f"mode is {mode}")
             runtime.ensure_started()
             shares[key] = Share(runtime, use.models)
         return shares

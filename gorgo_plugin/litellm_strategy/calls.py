@@ -53,11 +53,13 @@ class Call:
         endpoint: one of the paths whose bodies hold a prompt.
         body: what the client sent, as far as it matters to the prompt.
         stream: whether it asked for a streamed answer.
+        unseen: LiteLLM tells nothing of its end: streamed pass-through.
     """
 
     endpoint: str
     body: Mapping[str, Any]
     stream: bool
+    unseen: bool = False
 
 
 def read_call(messages: Any, given_input: Any, kwargs: Mapping[str, Any]) -> Call | None:
@@ -88,7 +90,8 @@ def _passed_through(kwargs: Mapping[str, Any]) -> Call | None:
     if endpoint is None or not isinstance(body, Mapping):
         return None
     kept = {name: value for name, value in body.items() if name != "metadata"}
-    return Call(endpoint, kept, body.get("stream") is True)
+    stream = body.get("stream") is True
+    return Call(endpoint, kept, stream, unseen=stream)
 
 
 def _guessed(messages: Any, given_input: Any, kwargs: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 LiteLLM tells of a request's end in many places and in some not at all. Records are found by the request's logging
 object, which LiteLLM makes for each request of the proxy and which no client can forge; without one (the SDK,
 pass-through) by the context the selection ran in. Events that carry neither join by the call id. When the logging
-object itself is gone, so is the request: what is then still open ends as a client that left.
+object itself is gone, so is the request: what is then still open ends with it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ class Attempt:
     """One request at one replica.
 
     Attributes:
-        deployment_id: LiteLLM's id of the deployment that serves it.
         decision: why it is there; its flight is open in the router.
         opened_s: wall clock of the dispatch, which LiteLLM's events are stamped with.
         dispatched: LiteLLM did call the deployment; a limit or a cached answer can keep it from that.
         closed: how it ended: `finished` or a kind of failure; None while it has not.
     """
 
-    def __init__(self, runtime: Runtime, decision: Decision, prompt: Prompt, deployment_id: str) -> None:
-        self.deployment_id = deployment_id
+    def __init__(self, runtime: Runtime, decision: Decision, prompt: Prompt, unseen: bool = False) -> None:
         self.decision = decision
         self.opened_s = time.time()
         self.dispatched = False
@@ -52,6 +50,7 @@ class Attempt:
         self._started_s = time.monotonic()
         self._began = False
         self._usage_seen = False
+        self._unseen = unseen
 
     @property
     def runtime(self) -> Runtime:
@@ -102,6 +101,13 @@ class Attempt:
         self.closed = kind
         self._router.fail(self.decision.flight_id, kind)
         self._runtime.metrics.failed(self.decision.replica, kind)
+
+    def lose(self) -> None:
+        """The request is gone and nothing told how it ended; where nothing ever tells, it was most likely answered."""
+        if self._unseen:
+            self.finish()
+        else:
+            self.fail("disconnect")
 
 
 class Request:
@@ -212,7 +218,9 @@ class Ledger:
     def collect(self) -> None:
         """End what is left open of requests whose logging object is gone."""
         while self._lost:
-            self._lost.popleft().end("disconnect")
+            attempt = self._lost.popleft().attempt
+            if attempt is not None:
+                attempt.lose()
 
     def _gone(self, key: int, _: weakref.ref[Any]) -> None:
         # Runs wherever the garbage collector does, so perhaps inside the router's lock: only note it here.

@@ -78,8 +78,10 @@ def usage_of(response: Any) -> Usage:
         return Usage()
     prompt = field(usage, "prompt_tokens")
     if prompt is not None:
-        cached = field(field(usage, "prompt_tokens_details"), "cached_tokens")
-        return Usage(_count(prompt), _count(cached), _count(field(usage, "completion_tokens")))
+        cached = _count(field(field(usage, "prompt_tokens_details"), "cached_tokens"))
+        if cached == 0 and field(usage, "cache_read_input_tokens") is not None:
+            cached = None  # LiteLLM's own reading of an Anthropic answer says 0 also where the engine said nothing
+        return Usage(_count(prompt), cached, _count(field(usage, "completion_tokens")))
     prompt, output = _count(field(usage, "input_tokens")), _count(field(usage, "output_tokens"))
     read = _count(field(usage, "cache_read_input_tokens"))
     if read is None:

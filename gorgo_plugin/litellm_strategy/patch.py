@@ -171,7 +171,7 @@ def add_admin_route(path: str, answer: Callable[[], Any]) -> None:
 def end_start_up_without_traceback() -> None:
     """Where a start of the proxy is about to end by an error of ours, let its server print the error's sentence alone.
 
-    What is on the stack then is LiteLLM's start-up, some 250 lines of it. Harmless should the process live on after all.
+    What is on the stack then is LiteLLM's start-up, some 250 lines of it. Harmless should the process live on.
     """
     server = sys.modules.get("litellm.proxy.proxy_server")
     if server is None or getattr(server, "llm_router", None) is not None or hasattr(sys, "tracebacklimit"):

@@ -95,6 +95,7 @@ class _Choice:
         self._request: Request | None = None
         self._runtime: Runtime | None = None
         self._chosen: Deployment | None = None
+        self._call: Call | None = None
         self._prompt: Prompt | None = None
         self._priced: dict[str, list[Deployment]] = {}  # by replica: one may serve several groups called by one name
         self._unpriced: list[Deployment] = []
@@ -121,7 +122,7 @@ class _Choice:
     def read(self, messages: Any, given_input: Any) -> Call | None:
         """The call, when its prompt has yet to be prepared."""
         assert self._request is not None
-        call = read_call(messages, given_input, self._kwargs)
+        self._call = call = read_call(messages, given_input, self._kwargs)
         if call is None:
             self.left_to_litellm("no-prompt")
             return None
@@ -188,9 +189,10 @@ class _Choice:
         return self._runtime is not None and self._runtime.settings.mode == "shadow"
 
     def _decide(self) -> None:
-        runtime, request, prompt = self._runtime, self._request, self._prompt
+        runtime, request, call, prompt = self._runtime, self._request, self._call, self._prompt
         assert runtime is not None
         assert request is not None
+        assert call is not None
         assert prompt is not None
         router, candidates = runtime.router, list(self._priced)
         started = time.perf_counter()
@@ -201,13 +203,13 @@ class _Choice:
             replica = self._selector.seats[deployment_id(chosen)].replica
             if replica is not None:  # what becomes of it there teaches all the same
                 decision = router.route(prompt, [replica], request_id=request.request_id)
-                request.attempt = Attempt(runtime, decision, prompt, deployment_id(chosen))
+                request.attempt = Attempt(runtime, decision, prompt, call.unseen)
             self._take(chosen)
             return
         decision = router.route(prompt, candidates, request_id=request.request_id)
         runtime.metrics.decided(decision, prompt.model, time.perf_counter() - started)
         chosen = self._shuffled(self._priced[decision.replica])
-        request.attempt = Attempt(runtime, decision, prompt, deployment_id(chosen))
+        request.attempt = Attempt(runtime, decision, prompt, call.unseen)
         self._take(chosen)
 
     def _shuffled(self, deployments: Sequence[Deployment]) -> Deployment:
