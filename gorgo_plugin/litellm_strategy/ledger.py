@@ -154,6 +154,10 @@ class Ledger:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._current: ContextVar[Request | None] = ContextVar("gorgo_request", default=None)
 
+    def __len__(self) -> int:
+        """Requests whose logging object is still there."""
+        return len(self._by_logging)
+
     def begin(self, kwargs: Mapping[str, Any]) -> Request:
         """The request that a selection is for. An attempt of it that is still open must have failed."""
         self.collect()

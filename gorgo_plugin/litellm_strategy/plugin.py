@@ -135,12 +135,12 @@ class Plugin:
         adapters = list(self._adapters.values())
         shares = [share for adapter in adapters for share in adapter.shares]
         refused = next((error for adapter in adapters if (error := adapter.settings_error) is not None), None)
-        about = {"litellm_version": patch.version(), "unclaimed_settings_error": refused}
+        about = {"version": patch.version(), "requests": len(self.ledger)}
         if not shares:
             reason = self.inactive or refused or "no model group uses gorgo"
             idle = self._idle.status() if self._idle is not None else {"flights": {}}
             return {**idle, "active": False, "reason": reason, "settings_error": refused, "litellm": about}
-        return {**_merged_status(shares), "litellm": about}
+        return {**_merged_status(shares), "settings_error": refused, "litellm": about}
 
     async def stop(self) -> None:
         """End everything in the background."""

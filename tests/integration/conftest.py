@@ -72,6 +72,7 @@ def gateway_process(
     near, far = engine_pair
     model_list = [entry(group, engine) for group in ("m", "plain", "retried", "limited") for engine in engine_pair]
     model_list += [messages_deployment("am", engine) for engine in engine_pair]
+    model_list += [entry("solo", near), messages_deployment("solo-am", near)]
     model_list += [entry("vm", engine, model="hosted_vllm/vm") for engine in engine_pair]
     model_list += [entry("tagged", near, tags=["a"]), entry("tagged", far, tags=["b"])]
     model_list += [entry("ordered", near, order=2), entry("ordered", far, order=1)]

@@ -121,3 +121,16 @@ async def test_many_clients_of_which_a_third_leave_lose_no_answer_and_leave_no_f
     for engine in engines:
         engine.reset()
     wait_until(lambda: open_flights(gateway) == 0)
+
+
+async def test_requests_that_share_ids_a_client_chose_stay_apart(gateway: Proxy, engines: Engines) -> None:
+    for engine in engines:
+        engine.behaviour = Behaviour(before_first_token_s=0.1)
+    headers = {"Authorization": f"Bearer {KEY}", "x-litellm-call-id": "same", "x-litellm-trace-id": "same"}
+    async with httpx.AsyncClient(base_url=gateway.url, headers=headers, timeout=60.0) as asking:
+        bodies = [chat(long_text(), stream=number % 2 == 0, litellm_trace_id="same") for number in range(16)]
+        answers = await asyncio.gather(*(asking.post("/v1/chat/completions", json=body) for body in bodies))
+    assert [answer.status_code for answer in answers] == [200] * 16
+    wait_until(lambda: open_flights(gateway) == 0)
+    replicas = gateway.status()["replicas"]
+    assert [replicas[engine.name]["health"]["failures_in_a_row"] for engine in engines] == [0, 0]

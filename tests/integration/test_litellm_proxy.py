@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.conftest import ARGS, set_args
 from tests.litellm_proxy import Proxy, deployment, wait_until
-from tests.stub_engine import StubEngine
+from tests.stub_engine import StubEngine, prompt_tokens
 
 Engines = tuple[StubEngine, StubEngine]
 WORDS = "a river runs under the old stone bridge and the wind carries leaves over the water "
@@ -62,13 +62,57 @@ def test_an_answer_comes_back_and_a_repeated_prompt_goes_where_it_is_cached(gate
 
 
 @pytest.mark.parametrize("path", STREAMING)
-def test_a_streamed_answer_comes_back_whole_and_teaches_its_first_token(gateway: Proxy, path: str) -> None:
+def test_a_streamed_answer_comes_back_whole_and_goes_where_it_is_cached(gateway: Proxy, path: str) -> None:
     text = long_text()
     first = ask(gateway, path, ENDPOINTS[path](text) | {"stream": True})
     second = ask(gateway, path, ENDPOINTS[path](text) | {"stream": True})
     assert "w3" in first.text
     assert second.headers["x-gorgo-replica"] == first.headers["x-gorgo-replica"]
     assert cached(second) > cached(first)
+
+
+@pytest.mark.parametrize("path", STREAMING)
+def test_a_first_token_is_learned_from_when_it_comes_not_from_the_headers(
+    gateway: Proxy, engines: Engines, path: str
+) -> None:
+    for engine in engines:
+        engine.behaviour.before_first_token_s = 0.15
+    body = ENDPOINTS[path](long_text()) | {"stream": True}
+    before = samples(gateway, body["model"])
+    ask(gateway, path, body)
+    wait_until(lambda: samples(gateway, body["model"]) == before + 1)
+    ask(gateway, path, ENDPOINTS[path](long_text()))  # not streamed: its first token is not seen
+    assert samples(gateway, body["model"]) == before + 1
+
+
+def samples(gateway: Proxy, model: str) -> int:
+    """First tokens learned from."""
+    replicas = gateway.status()["replicas"].values()
+    return sum(replica["models"][model]["samples"] for replica in replicas if model in replica["models"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", STREAMING)
+def test_what_the_engine_says_it_had_cached_corrects_the_index(
+    gateway: Proxy, engines: Engines, path: str, stream: bool
+) -> None:
+    if stream and path == "/v1/completions":
+        pytest.skip("LiteLLM does not ask for the usage of a streamed completion")
+    solo = "solo-am" if path == "/v1/messages" else "solo"  # one replica, so that all of it is believed there
+    old, new = (ENDPOINTS[path](long_text()) | {"stream": stream, "model": solo} for _ in range(2))
+    for body in (old, new):
+        ask(gateway, path, body)
+    assert cached(ask(gateway, path, new)) > 100
+    # The engine has lost most of the newer one: the older must be gone with it.
+    engines[0].behaviour.cached_tokens = 16
+    ask(gateway, path, new)
+    wait_until(lambda: held(gateway, "near", solo) < 1.5 * prompt_tokens(new), what="the index to forget")
+    assert cached(ask(gateway, path, old)) < 100
+
+
+def held(gateway: Proxy, replica: str, model: str) -> int:
+    """Tokens believed cached."""
+    return int(gateway.status()["replicas"][replica]["models"][model]["index_tokens"])
 
 
 def test_the_messages_api_over_an_openai_engine_is_routed(gateway: Proxy) -> None:

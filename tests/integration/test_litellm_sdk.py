@@ -316,3 +316,27 @@ async def test_a_strategy_asked_for_by_one_request_alone_is_served(make: Any, pa
     assert [share.runtime.router.snapshot()["counters"]["routed"] for share in shares] == [1]
     for share in shares:
         share.runtime.close()
+
+
+async def test_a_strategy_switched_at_run_time_is_followed(make: Any, pair: Engines) -> None:
+    import litellm
+
+    from gorgo_plugin.litellm_strategy.plugin import plugin
+
+    make()
+    router = litellm.Router(model_list=[deployment("m", engine.url, name=engine.name) for engine in pair])
+    router.update_settings(routing_strategy="gorgo", routing_strategy_args={"polcy": "nearest"})
+    assert router.routing_strategy == "simple-shuffle"  # the last good state
+    assert "polcy" in str(plugin()._adapters[router].settings_error)
+    router.update_settings(routing_strategy="gorgo", routing_strategy_args={"policy": "nearest"})
+    await router.acompletion(model="m", messages=MESSAGES)
+    runtime = plugin()._adapters[router].shares[0].runtime
+    assert runtime.router.snapshot()["counters"]["routed"] == 1
+    router.update_settings(routing_strategy="simple-shuffle")
+    assert not plugin()._adapters[router].shares
+    await router.acompletion(model="m", messages=MESSAGES)
+    assert runtime.router.snapshot()["counters"]["routed"] == 1
+    router.update_settings(routing_groups=[{"group_name": "g", "models": ["m"], "routing_strategy": "gorgo"}])
+    assert [share.models for share in plugin()._adapters[router].shares] == [{"m"}]
+    for share in plugin()._adapters[router].shares:
+        share.runtime.close()
