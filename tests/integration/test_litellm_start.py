@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gorgo_plugin import SettingsError
-from tests.litellm_proxy import START_TIMEOUT_S, deployment, end, launch, proxy_config, running, wait_until
+from tests.litellm_proxy import (
+    CALLBACK,
+    ROOT,
+    START_TIMEOUT_S,
+    deployment,
+    end,
+    launch,
+    proxy_config,
+    running,
+    wait_until,
+)
 from tests.stub_engine import StubEngine
 
 NEAR, FAR = "http://127.0.0.1:11", "http://127.0.0.1:12"
@@ -115,3 +126,28 @@ def test_two_workers_serve_each_with_a_state_of_its_own(tmp_path: Path) -> None:
             workers: dict[int, dict[str, Any]] = {}
             wait_until(both_seen, START_TIMEOUT_S, "answers from both workers", proxy.log_text)
             assert all(status["active"] for status in workers.values())
+
+
+CONFIGS = sorted((ROOT / "litellm_config").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_of_the_repository_is_accepted_as_it_stands(router_class: Any, path: Path) -> None:
+    from gorgo_plugin.litellm_strategy.plugin import plugin
+
+    config = yaml.safe_load(path.read_text())
+    assert config["litellm_settings"]["callbacks"] == [CALLBACK]
+    router = router_class(model_list=config["model_list"], **config["router_settings"])
+    [share] = plugin()._adapters[router].shares
+    assert share.models == {"m"}
+    assert len(share.runtime.settings.replicas) >= 2
+    share.runtime.close()
+
+
+def test_the_first_configuration_of_the_repository_starts_a_proxy_as_it_stands(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "litellm_config" / "gorgo.yaml").read_text())
+    with running(config, tmp_path) as proxy:
+        proxy.client.headers["Authorization"] = f"Bearer {config['general_settings']['master_key']}"
+        status = proxy.status()
+    assert status["active"] is True
+    assert list(status["replicas"]) == ["us-east-1a", "eu-west-1a", "ap-south-1a"]
