@@ -21,7 +21,7 @@ from typing import Any
 
 from cachetools import TTLCache
 
-from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.decision import Cost, Decision, Prompt
 from gorgo_plugin.litellm_strategy.outcomes import Usage, failure_kind
 from gorgo_plugin.runtime import Runtime
 
@@ -57,6 +57,11 @@ class Attempt:
         """The runtime that routed it."""
         return self._runtime
 
+    @functools.cached_property
+    def cost(self) -> Cost:
+        """What it was predicted to cost."""
+        return self.decision.costs[self.decision.replica]
+
     def first_token(self) -> None:
         """The first token of a streamed answer has been seen."""
         if self._began or self.closed is not None or not self.dispatched:
@@ -64,7 +69,7 @@ class Attempt:
         self._began = True
         self._router.first_token(self.decision.flight_id)
         replica = self.decision.replica
-        predicted_s = self.decision.costs[replica].predicted_ttft_ms / 1000.0
+        predicted_s = self.cost.predicted_ttft_ms / 1000.0
         self._runtime.metrics.first_token(replica, self._model, time.monotonic() - self._started_s, predicted_s)
 
     def usage(self, usage: Usage) -> None:
@@ -78,8 +83,7 @@ class Attempt:
             cached_tokens=usage.cached_tokens,
             output_tokens=usage.output_tokens,
         )
-        replica = self.decision.replica
-        estimated = self.decision.costs[replica].cached_tokens
+        replica, estimated = self.decision.replica, self.cost.cached_tokens
         self._runtime.metrics.usage(replica, self._model, usage.prompt_tokens, estimated, usage.cached_tokens)
 
     def finish(self) -> None:

@@ -121,11 +121,10 @@ class Plugin:
         decision = attempt.decision
         headers = {"x-gorgo-region": decision.region}
         if shown == "debug":
-            cost = decision.costs[decision.replica]
             headers |= {
                 "x-gorgo-replica": decision.replica,
-                "x-gorgo-predicted-ttft-ms": f"{cost.predicted_ttft_ms:.1f}",
-                "x-gorgo-cached-tokens": str(cost.cached_tokens),
+                "x-gorgo-predicted-ttft-ms": f"{attempt.cost.predicted_ttft_ms:.1f}",
+                "x-gorgo-cached-tokens": str(attempt.cost.cached_tokens),
             }
         return headers
 
