@@ -112,7 +112,9 @@ async def _send(session: aiohttp.ClientSession, body: bytes, late_ms: float) -> 
                 text = await response.text(errors="replace")
                 return Outcome(late_ms, error=f"status {response.status}: {text[:200]}")
             return await _read_stream(response, sent_s, late_ms)
-    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+    except TimeoutError:
+        return Outcome(late_ms, error=f"not answered in full within {REQUEST_TIMEOUT_S:.0f} s")
+    except (aiohttp.ClientError, msgspec.DecodeError) as error:
         return Outcome(late_ms, error=f"{type(error).__name__}: {error}"[:200])
 
 

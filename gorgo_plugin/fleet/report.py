@@ -115,6 +115,9 @@ def conclusion(rows: Sequence[Line]) -> str:
         sentences.append(f"gorgo does not beat: {_listed(groups['above'])}.")
     if groups["none"]:
         sentences.append(f"No request succeeded in both: {_listed(groups['none'])}.")
+    failed = [f"{row.name} ({row.summary.errors})" for row in rows if row.summary.errors]
+    if failed:
+        sentences.append(f"Requests that failed are left out of the times: {_listed(failed)}.")
     late = [row.name for row in rows if row.summary.late_p99_ms > LATE_MS]
     if late:
         sentences.append(

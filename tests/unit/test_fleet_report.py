@@ -88,6 +88,11 @@ def test_the_conclusion_says_so_when_gorgo_did_not_run() -> None:
     assert "nothing is compared" in conclusion(lines(results(nearest=1.0)))
 
 
+def test_the_conclusion_says_how_many_requests_the_times_leave_out() -> None:
+    ran = [RowResult(ROWS["nearest"], [FAILED, *spread(1.0)[1:]], 1.0), *results(gorgo=1.0)]
+    assert conclusion(lines(ran)).endswith("Requests that failed are left out of the times: nearest (1).")
+
+
 def test_the_conclusion_warns_of_a_load_generator_that_was_late() -> None:
     late = RowResult(ROWS["gorgo"], [Outcome(200.0, 1.0, 2.0)] * 300, 1.0)
     assert "too busy" in conclusion(lines([*results(nearest=1.0), late]))
