@@ -105,6 +105,9 @@ class Adapter:
             self.settle()
         except SettingsError as error:
             self.refuse(str(error))
+        except Exception as error:  # noqa: BLE001 (an error of ours must not end an update of LiteLLM's settings)
+            _log.exception("gorgo: changed settings could not be put in force")
+            self.refuse(f"{type(error).__name__}: {error}")
 
     def check(self, changes: Mapping[str, Any]) -> None:
         """Whether LiteLLM's router may change its settings like this.

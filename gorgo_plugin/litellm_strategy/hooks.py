@@ -26,6 +26,7 @@ class GorgoCallback(CustomLogger):  # type: ignore[misc]  # LiteLLM is not typed
         super().__init__()
         self._plugin = plugin
         self._ledger = plugin.ledger
+        plugin.callback = self
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> None:
         """LiteLLM is about to call the chosen deployment."""

@@ -28,11 +28,13 @@ class Plugin:
 
     Attributes:
         ledger: the attempts under way.
+        callback: whose hooks feed the ledger.
         inactive: why the patch is not effective on this LiteLLM; None when it is.
     """
 
     def __init__(self) -> None:
         self.ledger = Ledger()
+        self.callback: Any = None
         self.inactive: str | None = None
         self._adapters: weakref.WeakKeyDictionary[Any, Adapter] = weakref.WeakKeyDictionary()
         self._refused: weakref.WeakSet[Any] = weakref.WeakSet()  # routers in the middle of an update we refused
@@ -62,12 +64,15 @@ class Plugin:
         adapter = self._adapters.get(router)
         if adapter is None:
             return
-        self._join_proxy()
+        self._join()
         try:
             adapter.settle()
         except SettingsError:
             patch.end_start_up_without_traceback()
             raise
+        except Exception as error:  # noqa: BLE001 (an error of ours: the gateway starts, simple-shuffle serves)
+            _log.exception("gorgo is inactive, LiteLLM's own simple-shuffle serves")
+            adapter.refuse(f"{type(error).__name__}: {error}")
 
     def updating(self, router: Any, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Let through the changes of settings that gorgo can run with; the others are kept from LiteLLM too."""
@@ -79,9 +84,11 @@ class Plugin:
         except SettingsError as error:
             self._adapters[router] = adapter
             self._refused.add(router)
-            self._join_proxy()
+            self._join()
             adapter.refuse(str(error))
             return {name: value for name, value in changes.items() if name not in ROUTING_KEYS}
+        except Exception:  # noqa: BLE001 (what LiteLLM makes of such changes is its own affair)
+            _log.exception("gorgo: changed settings could not be checked")
         return changes
 
     def updated(self, router: Any, changes: Mapping[str, Any]) -> None:
@@ -90,7 +97,7 @@ class Plugin:
         if router in self._refused:
             self._refused.discard(router)
         elif adapter is not None:
-            self._join_proxy()
+            self._join()
             selector = patch.default_selector(router)
             if ARGS in changes and isinstance(selector, Selector):
                 selector.args = changes[ARGS] or {}  # early releases keep a selector when only its arguments change
@@ -106,7 +113,7 @@ class Plugin:
                 settings = Settings()
             self._idle = Runtime(settings)
             self._idle.set_active(False, self.inactive or "")
-        self._join_proxy()
+        self._join()
 
     # What the callback asks
 
@@ -146,7 +153,10 @@ class Plugin:
         for adapter in list(self._adapters.values()):
             await asyncio.to_thread(adapter.close)
 
-    def _join_proxy(self) -> None:
+    def _join(self) -> None:
+        """Be heard by LiteLLM, and by its proxy where this is one."""
+        if self.callback is not None:
+            patch.register(self.callback)
         patch.add_admin_route(STATUS_PATH, _status_route)
         patch.on_proxy_shutdown(self.stop)
 

@@ -36,7 +36,6 @@ def make(pair: Engines) -> Iterator[Callable[..., tuple[Any, Runtime]]]:
 
     for engine in pair:
         engine.reset()
-    litellm.callbacks.append(callback)
     runtimes = []
 
     def build(args: dict[str, Any] | None = None, **settings: Any) -> tuple[Any, Runtime]:
@@ -52,7 +51,7 @@ def make(pair: Engines) -> Iterator[Callable[..., tuple[Any, Runtime]]]:
         return router, runtime
 
     yield build
-    litellm.callbacks.remove(callback)
+    litellm.callbacks[:] = [one for one in litellm.callbacks if one is not callback]
     for runtime in runtimes:
         runtime.close()
 
@@ -105,6 +104,7 @@ SYNC_CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("completion", {"messages": MESSAGES}),
     "streamed chat": ("completion", {"messages": MESSAGES, "stream": True}),
     "embedding": ("embedding", {"input": MESSAGES[0]["content"]}),
+    "responses": ("responses", {"input": MESSAGES[0]["content"]}),
 }
 
 
@@ -340,3 +340,15 @@ async def test_a_strategy_switched_at_run_time_is_followed(make: Any, pair: Engi
     assert [share.models for share in plugin()._adapters[router].shares] == [{"m"}]
     for share in plugin()._adapters[router].shares:
         share.runtime.close()
+
+
+async def test_the_callback_need_not_be_registered_by_hand(make: Any, pair: Engines) -> None:
+    import litellm
+
+    from gorgo_plugin.litellm_strategy import callback
+
+    assert callback not in litellm.callbacks
+    router, runtime = make()
+    assert litellm.callbacks.count(callback) == 1
+    await router.acompletion(model="m", messages=MESSAGES)
+    await at_rest(runtime)

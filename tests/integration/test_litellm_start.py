@@ -151,3 +151,28 @@ def test_the_first_configuration_of_the_repository_starts_a_proxy_as_it_stands(t
         status = proxy.status()
     assert status["active"] is True
     assert list(status["replicas"]) == ["us-east-1a", "eu-west-1a", "ap-south-1a"]
+
+
+BROKEN_CALLBACK = """
+import litellm
+from litellm.integrations.custom_logger import CustomLogger
+
+core = getattr(litellm.Router, "_core_class", litellm.Router)
+del core._select_deployment_async  # as in a LiteLLM whose core moved once more
+callback = CustomLogger()
+"""
+
+
+def test_on_a_litellm_that_cannot_be_extended_the_proxy_serves_and_says_so(tmp_path: Path) -> None:
+    with StubEngine() as engine:
+        (tmp_path / "broken.py").write_text(BROKEN_CALLBACK)
+        callbacks = {"callbacks": ["broken.callback", CALLBACK]}
+        config = proxy_config([deployment("m", engine.url, region="near")], litellm_settings=callbacks)
+        with running(config, tmp_path) as proxy:
+            answer = proxy.post("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}]})
+            assert answer.status_code == 200, answer.text
+            assert "x-gorgo-region" not in answer.headers
+            status = proxy.status()
+        assert status["active"] is False
+        assert status["reason"].startswith("LiteLLM ")
+        assert proxy.log_text().count("gorgo is inactive, LiteLLM's own simple-shuffle serves") == 1
