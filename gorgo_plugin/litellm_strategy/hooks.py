@@ -39,9 +39,8 @@ class GorgoCallback(CustomLogger):  # type: ignore[misc]  # LiteLLM is not typed
     async def async_post_call_success_deployment_hook(self, request_data: Any, response: Any, call_type: Any) -> None:
         """A deployment gave a whole answer."""
         request = self._ledger.find(request_data)
-        if request is not None and request.attempt is not None:
-            request.attempt.usage(usage_of(response))
-            request.attempt.finish()
+        if request is not None:
+            request.finish(usage_of(response))
 
     async def async_post_call_failure_deployment_hook(
         self, request_data: Any, exception: BaseException, call_type: Any, fallback_depth: int | None = None
@@ -49,7 +48,7 @@ class GorgoCallback(CustomLogger):  # type: ignore[misc]  # LiteLLM is not typed
         """A deployment failed (LiteLLM 1.100 and later)."""
         request = self._ledger.find(request_data)
         if request is not None:
-            request.end_by(exception)
+            request.fail(failure_kind(exception))
 
     async def async_post_call_failure_hook(
         self, request_data: Any, original_exception: Exception, user_api_key_dict: Any, traceback_str: Any = None
@@ -57,7 +56,7 @@ class GorgoCallback(CustomLogger):  # type: ignore[misc]  # LiteLLM is not typed
         """The proxy gives a request up."""
         request = self._ledger.find(request_data)
         if request is not None:
-            request.end_by(original_exception)
+            request.give_up(original_exception)
 
     def async_post_call_streaming_iterator_hook(
         self, user_api_key_dict: Any, response: AsyncIterable[Any], request_data: Any
@@ -132,8 +131,6 @@ async def _watched(request: Request, response: AsyncIterable[Any]) -> AsyncItera
         async for last in stream:  # the rest, with as little as possible for each piece
             yield last
     except BaseException as error:
-        request.end_by(error)
+        request.give_up(error)
         raise
-    if request.attempt is not None:
-        request.attempt.usage(usage_of(last))
-        request.attempt.finish()
+    request.finish(usage_of(last))

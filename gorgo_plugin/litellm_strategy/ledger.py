@@ -25,22 +25,26 @@ from gorgo_plugin.decision import Cost, Decision, Prompt
 from gorgo_plugin.litellm_strategy.outcomes import Usage, failure_kind
 from gorgo_plugin.runtime import Runtime
 
-CALL_IDS = 65_536  # calls in flight that can be joined by id; an entry is some hundred bytes
-CALL_ID_TTL_S = 1800.0  # twice the default time to live of a flight
+CALL_IDS = 65_536  # calls that wait for their log event; an entry is some hundred bytes
+CALL_ID_TTL_S = 1800.0  # twice the default time to live of a flight; for calls whose event never comes
 
 
 class Attempt:
     """One request at one replica.
 
     Attributes:
-        decision: why it is there; its flight is open in the router.
+        flight_id: its flight in the router.
+        replica, region: where it is.
+        cost: what it was predicted to cost.
         opened_s: wall clock of the dispatch, which LiteLLM's events are stamped with.
         dispatched: LiteLLM did call the deployment; a limit or a cached answer can keep it from that.
         closed: how it ended: `finished` or a kind of failure; None while it has not.
     """
 
     def __init__(self, runtime: Runtime, decision: Decision, prompt: Prompt, unseen: bool = False) -> None:
-        self.decision = decision
+        # Not the decision itself: it holds on to the prompt, and records outlive their requests.
+        self.flight_id, self.replica, self.region = decision.flight_id, decision.replica, decision.region
+        self.cost: Cost = decision.costs[decision.replica]
         self.opened_s = time.time()
         self.dispatched = False
         self.closed: str | None = None
@@ -57,20 +61,14 @@ class Attempt:
         """The runtime that routed it."""
         return self._runtime
 
-    @functools.cached_property
-    def cost(self) -> Cost:
-        """What it was predicted to cost."""
-        return self.decision.costs[self.decision.replica]
-
     def first_token(self) -> None:
         """The first token of a streamed answer has been seen."""
         if self._began or self.closed is not None or not self.dispatched:
             return
         self._began = True
-        self._router.first_token(self.decision.flight_id)
-        replica = self.decision.replica
-        predicted_s = self.cost.predicted_ttft_ms / 1000.0
-        self._runtime.metrics.first_token(replica, self._model, time.monotonic() - self._started_s, predicted_s)
+        self._router.first_token(self.flight_id)
+        ttft_s, predicted_s = time.monotonic() - self._started_s, self.cost.predicted_ttft_ms / 1000.0
+        self._runtime.metrics.first_token(self.replica, self._model, ttft_s, predicted_s)
 
     def usage(self, usage: Usage) -> None:
         """What the engine counted. Nothing is believed of an attempt that failed or of a count of zero."""
@@ -78,13 +76,14 @@ class Attempt:
             return
         self._usage_seen = True
         self._router.usage(
-            self.decision.flight_id,
+            self.flight_id,
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
             output_tokens=usage.output_tokens,
         )
-        replica, estimated = self.decision.replica, self.cost.cached_tokens
-        self._runtime.metrics.usage(replica, self._model, usage.prompt_tokens, estimated, usage.cached_tokens)
+        self._runtime.metrics.usage(
+            self.replica, self._model, usage.prompt_tokens, self.cost.cached_tokens, usage.cached_tokens
+        )
 
     def finish(self) -> None:
         """The answer is complete."""
@@ -94,7 +93,7 @@ class Attempt:
             self.fail("disconnect")
             return
         self.closed = "finished"
-        self._router.finish(self.decision.flight_id)
+        self._router.finish(self.flight_id)
 
     def fail(self, kind: str) -> None:
         """The attempt ended without a complete answer; `kind` as in `Router.fail`."""
@@ -103,8 +102,8 @@ class Attempt:
         if not self.dispatched and kind != "disconnect":
             kind = "disconnect"  # a limit of LiteLLM's own stopped it: nothing was learned of the replica
         self.closed = kind
-        self._router.fail(self.decision.flight_id, kind)
-        self._runtime.metrics.failed(self.decision.replica, kind)
+        self._router.fail(self.flight_id, kind)
+        self._runtime.metrics.failed(self.replica, kind)
 
     def lose(self) -> None:
         """The request is gone and nothing told how it ended; where nothing ever tells, it was most likely answered."""
@@ -137,14 +136,22 @@ class Request:
         self.tried: set[str] = set()
         self.prompts: dict[tuple[str, str], Prompt] = {}
 
-    def end(self, kind: str) -> None:
-        """End the current attempt as failed, if one is open."""
+    def fail(self, kind: str) -> None:
+        """The current attempt has failed; there may be another."""
         if self.attempt is not None:
             self.attempt.fail(kind)
 
-    def end_by(self, error: BaseException) -> None:
-        """End the current attempt by what was raised."""
-        self.end(failure_kind(error))
+    def finish(self, usage: Usage) -> None:
+        """The answer is complete."""
+        if self.attempt is not None:
+            self.attempt.usage(usage)
+            self.attempt.finish()
+        self.prompts.clear()
+
+    def give_up(self, error: BaseException) -> None:
+        """There will be no answer, and no other attempt."""
+        self.fail(failure_kind(error))
+        self.prompts.clear()
 
 
 class Ledger:
@@ -174,7 +181,7 @@ class Ledger:
             same = known is not None and trace_id is not None and known.trace_id == trace_id
             request = known if known is not None and same else Request(trace_id)
             request.call_id = None
-        request.end("rejected")
+        request.fail("rejected")
         self._current.set(request)
         self._loop = _running_loop()
         return request
@@ -224,11 +231,14 @@ class Ledger:
             return self._by_call.get(call_id)
 
     def collect(self) -> None:
-        """End what is left open of requests whose logging object is gone."""
+        """Let go of requests whose logging object is gone; what one left open ends."""
         while self._lost:
-            attempt = self._lost.popleft().attempt
-            if attempt is not None:
-                attempt.lose()
+            request = self._lost.popleft()
+            if request.call_id is not None:
+                with self._calls_lock:
+                    self._by_call.pop(request.call_id, None)
+            if request.attempt is not None:
+                request.attempt.lose()
 
     def _gone(self, key: int, _: weakref.ref[Any]) -> None:
         # Runs wherever the garbage collector does, so perhaps inside the router's lock: only note it here.
@@ -237,7 +247,8 @@ class Ledger:
         if request is None or request.logging_key != key:
             return  # the SDK makes a new logging object for every attempt
         self._lost.append(request)
-        if self._loop is not None and not self._loop.is_closed():
+        left_open = request.attempt is not None and request.attempt.closed is None
+        if left_open and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.collect)
 
     def _of_logging(self, logging_obj: Any) -> Request | None:

@@ -125,11 +125,10 @@ class Plugin:
         shown = attempt.runtime.settings.response_headers
         if shown == "none":
             return None
-        decision = attempt.decision
-        headers = {"x-gorgo-region": decision.region}
+        headers = {"x-gorgo-region": attempt.region}
         if shown == "debug":
             headers |= {
-                "x-gorgo-replica": decision.replica,
+                "x-gorgo-replica": attempt.replica,
                 "x-gorgo-predicted-ttft-ms": f"{attempt.cost.predicted_ttft_ms:.1f}",
                 "x-gorgo-cached-tokens": str(attempt.cost.cached_tokens),
             }

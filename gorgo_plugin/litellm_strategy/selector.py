@@ -148,7 +148,7 @@ class _Choice:
     def left_to_litellm(self, reason: str, error: Exception | None = None) -> Deployment:
         """LiteLLM's own simple-shuffle chooses."""
         if self._request is not None:
-            self._request.end("disconnect")  # nothing is open here, unless the error came after the choice
+            self._request.fail("disconnect")  # nothing is open here, unless the error came after the choice
             self._request.attempt = None
         if self._runtime is not None:
             self._runtime.metrics.fell_back(reason)

@@ -22,6 +22,12 @@ def open_flights(gateway: Proxy) -> int:
     return sum(gateway.status()["flights"].values())
 
 
+def failures(gateway: Proxy, engines: Engines) -> int:
+    """Failures in a row, over both replicas."""
+    replicas = gateway.status()["replicas"]
+    return sum(replicas[engine.name]["health"]["failures_in_a_row"] for engine in engines)
+
+
 def leave(gateway: Proxy, path: str, body: dict[str, Any], after_bytes: bool) -> None:
     """Send a request and hang up, after the first bytes of the answer or before them."""
     timeout = httpx.Timeout(10.0, read=None if after_bytes else WAIT_S / 2)
@@ -71,19 +77,19 @@ def test_a_client_that_leaves_a_pass_through_leaves_no_flight(gateway: Proxy, en
 def test_a_client_that_leaves_does_not_speak_against_the_replica(gateway: Proxy, engines: Engines) -> None:
     for engine in engines:
         engine.behaviour.before_first_token_s = WAIT_S
+    before = failures(gateway, engines)
     leave(gateway, "/v1/chat/completions", chat(long_text(), stream=True), after_bytes=False)
     wait_until(lambda: open_flights(gateway) == 0)
-    replicas = gateway.status()["replicas"]
-    assert [replicas[engine.name]["health"]["failures_in_a_row"] for engine in engines] == [0, 0]
+    assert failures(gateway, engines) == before
 
 
 def test_a_stream_that_breaks_ends_its_flight_and_speaks_against_the_replica(gateway: Proxy, engines: Engines) -> None:
     for engine in engines:
         engine.behaviour = Behaviour(break_after_tokens=3)
+    before = failures(gateway, engines)
     gateway.post("/v1/chat/completions", chat(long_text(), stream=True))
     wait_until(lambda: open_flights(gateway) == 0)
-    replicas = gateway.status()["replicas"]
-    assert sum(replicas[engine.name]["health"]["failures_in_a_row"] for engine in engines) >= 1
+    assert failures(gateway, engines) > before
     for engine in engines:
         engine.reset()
     wait_until(lambda: _well(gateway, engines))
@@ -126,11 +132,11 @@ async def test_many_clients_of_which_a_third_leave_lose_no_answer_and_leave_no_f
 async def test_requests_that_share_ids_a_client_chose_stay_apart(gateway: Proxy, engines: Engines) -> None:
     for engine in engines:
         engine.behaviour = Behaviour(before_first_token_s=0.1)
+    before = failures(gateway, engines)
     headers = {"Authorization": f"Bearer {KEY}", "x-litellm-call-id": "same", "x-litellm-trace-id": "same"}
     async with httpx.AsyncClient(base_url=gateway.url, headers=headers, timeout=60.0) as asking:
         bodies = [chat(long_text(), stream=number % 2 == 0, litellm_trace_id="same") for number in range(16)]
         answers = await asyncio.gather(*(asking.post("/v1/chat/completions", json=body) for body in bodies))
     assert [answer.status_code for answer in answers] == [200] * 16
     wait_until(lambda: open_flights(gateway) == 0)
-    replicas = gateway.status()["replicas"]
-    assert [replicas[engine.name]["health"]["failures_in_a_row"] for engine in engines] == [0, 0]
+    assert failures(gateway, engines) <= before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -155,7 +156,7 @@ def test_what_litellm_never_sent_says_nothing_of_the_replica(runtime: Runtime) -
     one = attempt(runtime, Request())
     one.fail("rejected")
     assert one.closed == "disconnect"
-    health = runtime.router.snapshot()["replicas"][one.decision.replica]["health"]
+    health = runtime.router.snapshot()["replicas"][one.replica]["health"]
     assert health["failures_in_a_row"] == 0
 
 
@@ -190,6 +191,25 @@ def test_a_request_forgets_nothing_of_its_logging_object_but_itself(ledger: Ledg
     del logging
     gc.collect()
     assert len(ledger) == 0
+
+
+def test_nothing_of_a_finished_request_is_kept(ledger: Ledger, runtime: Runtime) -> None:
+    logging = LoggingObject()
+    request = ledger.begin({"litellm_logging_obj": logging})
+    prompt = request.prompts["/v1/completions", "m"] = Prompt(range(200), model="m")
+    done = attempt(runtime, request)
+    ledger.dispatch("call")
+    request.finish(Usage(200, 0, 1))
+    held = weakref.ref(prompt.tokens)
+    records = weakref.ref(done)
+    del prompt, done, request, logging
+    contextvars.copy_context().run(ledger.begin, {})  # the next request
+    ledger.collect()
+    ledger.begin({})
+    gc.collect()
+    assert held() is None
+    assert records() is None
+    assert ledger.of_call("call") is None
 
 
 def test_what_carries_no_logging_object_finds_nothing_outside_a_selection(ledger: Ledger) -> None:
