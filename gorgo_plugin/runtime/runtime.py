@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 # Characters of a body that are read on the event loop; reading a longer one, not only tokenizing it, goes to a thread.
 PLAN_INLINE_CHARS = 256 * 1024
+OBJECT_CHARS = 64  # what a small object takes to read, in characters of text that would take as long
 STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
 SWEEPS_PER_TTL = 10  # a lost flight is released at most a tenth of its time to live late
 
@@ -222,7 +223,7 @@ class Runtime:
 
 
 def longer_than(body: Body, limit_chars: int) -> bool:
-    """Whether the strings and lists of a body add up to more than `limit_chars`, found without reading further."""
+    """Whether the strings, lists and objects of a body weigh more than `limit_chars`, found without reading further."""
     if not isinstance(body, Mapping):
         return len(body) > limit_chars
     left, stack = limit_chars, list(body.values())
@@ -231,6 +232,7 @@ def longer_than(body: Body, limit_chars: int) -> bool:
         if isinstance(value, str | bytes):
             left -= len(value)
         elif isinstance(value, dict):
+            left -= OBJECT_CHARS
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
             left -= len(value)

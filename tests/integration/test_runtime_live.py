@@ -312,14 +312,15 @@ async def test_an_unreadable_body_is_counted_and_raised(listener: int) -> None:
 @pytest.mark.parametrize(
     ("body", "longer"),
     [
-        (b"x" * 100, False),
-        (b"x" * 101, True),
-        ({"messages": [{"content": "x" * 60}, {"content": [{"text": "x" * 30}]}]}, False),
-        ({"messages": [{"content": "x" * 60}, {"content": [{"text": "x" * 41}]}]}, True),
-        ({"prompt": list(range(100))}, False),
-        ({"prompt": [list(range(60)), list(range(60))]}, True),
+        (b"x" * 300, False),
+        (b"x" * 301, True),
+        ({"messages": [{"content": "x" * 60}, {"content": [{"text": "x" * 40}]}]}, False),
+        ({"messages": [{"content": "x" * 60}, {"content": [{"text": "x" * 50}]}]}, True),
+        ({"prompt": list(range(300))}, False),
+        ({"prompt": [list(range(160)), list(range(160))]}, True),
         ({"n": 10**200, "none": None}, False),
+        ({"tools": [{}] * 5}, True),
     ],
 )
 def test_the_length_of_a_body_is_found_without_reading_it_all(body: Any, longer: bool) -> None:
-    assert longer_than(body, 100) is longer
+    assert longer_than(body, 300) is longer
