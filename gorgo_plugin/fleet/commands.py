@@ -70,6 +70,7 @@ def mock_upstream(**options: Any) -> None:
 @click.option("--gateway", default="litellm", type=click.Choice(["litellm"]), help="The gateway in front.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seeds workload, engines and policies.")
 @click.option("--out", default="out/demo", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.")
+@click.option("--workers", default=1, type=click.IntRange(1, 16), help="Processes of the proxy.")
 @click.option("--time-scale", type=click.FloatRange(0.1, 100), help="Stretches arrivals; without it 1, with --trace 2.")
 def demo(
     trace: Path | None,
@@ -78,6 +79,7 @@ def demo(
     gateway: str,
     seed: int,
     out: Path,
+    workers: int,
     time_scale: float | None,
 ) -> None:
     """Compare routing strategies on three mock regions behind the real LiteLLM proxy.
@@ -95,7 +97,7 @@ def demo(
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise click.BadParameter(f"unknown row '{unknown[0]}'; known: {', '.join(ROWS)}", param_hint="--rows")
-    settings = DemoSettings(trace, requests, names, seed, time_scale, out)
+    settings = DemoSettings(trace, requests, names, seed, time_scale, out, workers)
     try:
         asyncio.run(show_demo(settings))
     except asyncio.CancelledError:

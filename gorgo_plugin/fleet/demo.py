@@ -46,6 +46,7 @@ class DemoSettings:
         seed: seeds the workload, the engines and our policies.
         time_scale: stretches the arrivals; None: 1 for conversations, 2 for a trace.
         out: folder for the figures, the plot and the logs.
+        workers: processes of the proxy; each knows its own dispatches only.
     """
 
     trace: Path | None = None
@@ -54,6 +55,7 @@ class DemoSettings:
     seed: int = 0
     time_scale: float | None = None
     out: Path = field(default_factory=lambda: Path("out/demo"))
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ async def _run_row(
             litellm_config(row, {name: url for name, (url, _) in fleet.items()}, workload.kv_tokens, settings.seed),
             settings.out,
             row.name,
+            settings.workers,
         ) as (target, proxy),
     ):
         children = [proxy, *(child for _url, child in fleet.values())]

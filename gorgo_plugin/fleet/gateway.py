@@ -94,7 +94,9 @@ def _deployment(row: Row, name: str, url: str, kv_tokens: int) -> dict[str, Any]
 
 
 @contextlib.asynccontextmanager
-async def litellm_proxy(config: dict[str, Any], folder: Path, name: str) -> AsyncIterator[tuple[Target, Child]]:
+async def litellm_proxy(
+    config: dict[str, Any], folder: Path, name: str, workers: int = 1
+) -> AsyncIterator[tuple[Target, Child]]:
     """Run `litellm --config` for the length of the block; its configuration and log stay in `folder`.
 
     Raises:
@@ -107,6 +109,8 @@ async def litellm_proxy(config: dict[str, Any], folder: Path, name: str) -> Asyn
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     port = free_port()
     command = [executable, "--config", str(path), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
+    if workers > 1:
+        command += ["--num_workers", str(workers)]
     target = Target(f"http://127.0.0.1:{port}", MODEL, API_KEY)
     async with (
         running(f"litellm ({name})", command, folder / f"{name}.log", _ENVIRONMENT) as child,
