@@ -3,7 +3,7 @@
 LiteLLM tells of a request's end in many places and in some not at all. Records are found by the request's logging
 object, which LiteLLM makes for each request of the proxy and which no client can forge; without one (the SDK,
 pass-through) by the context the selection ran in. Events that carry neither join by the call id. When the logging
-object itself is gone, so is the request: what is then still open ends with it.
+object itself is gone, or the context, so is the request: what is then still open ends with it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachetools import TTLCache
 
@@ -27,6 +27,7 @@ from gorgo_plugin.runtime import Runtime
 
 CALL_IDS = 65_536  # calls that wait for their log event; an entry is some hundred bytes
 CALL_ID_TTL_S = 1800.0  # twice the default time to live of a flight; for calls whose event never comes
+LATE_EVENT_S = 5.0  # log events of the SDK come from a worker or thread, when the request's own context may be gone
 
 
 class Attempt:
@@ -127,7 +128,8 @@ class Request:
 
     _ids = itertools.count(1)
 
-    def __init__(self, trace_id: object = None) -> None:
+    def __init__(self, trace_id: object = None, dropped: Callable[[Attempt], None] | None = None) -> None:
+        self._dropped = dropped
         self.request_id = f"litellm-{next(Request._ids)}"
         self.trace_id = trace_id
         self.call_id: str | None = None
@@ -135,6 +137,11 @@ class Request:
         self.attempt: Attempt | None = None
         self.tried: set[str] = set()
         self.prompts: dict[tuple[str, str], Prompt] = {}
+
+    def __del__(self) -> None:
+        # As in `Ledger._gone`, this may run inside the router's lock.
+        if self._dropped is not None and self.attempt is not None and self.attempt.closed is None:
+            self._dropped(self.attempt)
 
     def fail(self, kind: str) -> None:
         """The current attempt has failed; there may be another."""
@@ -154,6 +161,14 @@ class Request:
         self.prompts.clear()
 
 
+class _Lost(NamedTuple):
+    """A request that is gone: its attempt, the call id that is free again, and from when on it counts as ended."""
+
+    attempt: Attempt | None
+    call_id: str | None
+    due_s: float
+
+
 class Ledger:
     """Finds the request that a hook speaks of."""
 
@@ -161,7 +176,7 @@ class Ledger:
         self._by_logging: dict[int, tuple[weakref.ref[Any], Request]] = {}
         self._by_call: TTLCache[str, Attempt | None] = TTLCache(CALL_IDS, CALL_ID_TTL_S)
         self._calls_lock = threading.Lock()
-        self._lost: deque[Request] = deque()
+        self._lost: deque[_Lost] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._current: ContextVar[Request | None] = ContextVar("gorgo_request", default=None)
 
@@ -174,13 +189,13 @@ class Ledger:
         self.collect()
         logging_obj = kwargs.get("litellm_logging_obj")
         if logging_obj is not None:
-            request = self._of_logging(logging_obj) or self.bind(Request(), logging_obj)
+            request = self._of_logging(logging_obj) or self.bind(Request(dropped=self._drop), logging_obj)
         else:
             trace_id = kwargs.get("litellm_trace_id")
             known = self._current.get()
             same = known is not None and trace_id is not None and known.trace_id == trace_id
-            request = known if known is not None and same else Request(trace_id)
-            request.call_id = None
+            request = known if known is not None and same else Request(trace_id, self._drop)
+            request.call_id = request.logging_key = None  # the SDK makes a new logging object for every attempt
         request.fail("rejected")
         self._current.set(request)
         self._loop = _running_loop()
@@ -196,15 +211,18 @@ class Ledger:
     def find(self, data: Mapping[str, Any] | None) -> Request | None:
         """The request that a hook's data belong to: by their logging object, without one by the context."""
         logging_obj = data.get("litellm_logging_obj") if data is not None else None
-        return self._current.get() if logging_obj is None else self._of_logging(logging_obj)
+        return self._current.get() if logging_obj is None else self._of_logging(logging_obj) or self.adopt(logging_obj)
 
-    def adopt(self, logging_obj: Any) -> None:
-        """LiteLLM calls the chosen deployment with this logging object, which the SDK makes after the choice."""
-        if logging_obj is None or self._of_logging(logging_obj) is not None:
-            return
+    def adopt(self, logging_obj: Any) -> Request | None:
+        """The request of this context, when this is the logging object that the SDK made for it after the choice."""
         request = self._current.get()
-        if request is not None and request.attempt is not None and not request.attempt.dispatched:
-            self.bind(request, logging_obj)
+        if logging_obj is None or self._of_logging(logging_obj) is not None:
+            return None
+        if request is None or request.attempt is None or request.attempt.closed is not None:
+            return None
+        if request.call_id not in (None, getattr(logging_obj, "litellm_call_id", None)):
+            return None
+        return self.bind(request, logging_obj)
 
     def dispatch(self, call_id: object) -> None:
         """LiteLLM sends the request of this context now; log events of `call_id` belong to its attempt.
@@ -217,7 +235,7 @@ class Ledger:
             return
         if request.call_id not in (None, call_id):
             return  # a call that another callback makes on the way
-        attempt.dispatched = True
+        request.call_id, attempt.dispatched = call_id, True
         with self._calls_lock:
             known = self._by_call.get(call_id, attempt)
             clash = known is None or (known is not attempt and known.closed is None)
@@ -231,25 +249,37 @@ class Ledger:
             return self._by_call.get(call_id)
 
     def collect(self) -> None:
-        """Let go of requests whose logging object is gone; what one left open ends."""
-        while self._lost:
-            request = self._lost.popleft()
-            if request.call_id is not None:
+        """Let go of requests that are gone; what one left open ends."""
+        now = time.monotonic()
+        for _ in range(len(self._lost)):
+            lost = self._lost.popleft()
+            if lost.due_s > now:
+                self._lost.append(lost)
+                continue
+            if lost.call_id is not None:
                 with self._calls_lock:
-                    self._by_call.pop(request.call_id, None)
-            if request.attempt is not None:
-                request.attempt.lose()
+                    self._by_call.pop(lost.call_id, None)
+            if lost.attempt is not None:
+                lost.attempt.lose()
 
     def _gone(self, key: int, _: weakref.ref[Any]) -> None:
         # Runs wherever the garbage collector does, so perhaps inside the router's lock: only note it here.
         entry = self._by_logging.pop(key, None)
         request = None if entry is None else entry[1]
         if request is None or request.logging_key != key:
-            return  # the SDK makes a new logging object for every attempt
-        self._lost.append(request)
-        left_open = request.attempt is not None and request.attempt.closed is None
-        if left_open and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.collect)
+            return  # of an earlier attempt
+        self._lost.append(_Lost(request.attempt, request.call_id, 0.0))
+        if request.attempt is not None and request.attempt.closed is None:
+            self._collect_later(0.0)
+
+    def _drop(self, attempt: Attempt) -> None:
+        self._lost.append(_Lost(attempt, None, time.monotonic() + LATE_EVENT_S))
+        self._collect_later(LATE_EVENT_S)
+
+    def _collect_later(self, pause_s: float) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(loop.call_later, pause_s, self.collect)
 
     def _of_logging(self, logging_obj: Any) -> Request | None:
         entry = self._by_logging.get(id(logging_obj))

@@ -100,6 +100,11 @@ def version() -> str:
 # What the adapter asks of a router
 
 
+def core_of(router: Any) -> Any:
+    """The object that routes: a `litellm.Router` itself, from 1.109 on the one it delegates to."""
+    return router.__dict__.get("_core", router)
+
+
 def model_list(router: Any) -> Sequence[Mapping[str, Any]]:
     """The deployments of a router, as it holds them."""
     return _member(router, "model_list") or ()
@@ -134,15 +139,15 @@ def simple_shuffle(
     """LiteLLM's own choice among deployments: by weight, rpm or tpm where given, else at random."""
     from litellm.router_strategy.simple_shuffle import simple_shuffle as shuffle
 
-    known = {
-        "llm_router_instance": router,  # up to 1.102
-        "resolve_model_alias": _member(router, "get_model_from_alias"),
-        "healthy_deployments": deployments,
-        "model": model,
-        "request_kwargs": kwargs,
+    known: dict[str, Callable[[], Any]] = {
+        "llm_router_instance": lambda: router,  # up to 1.102
+        "resolve_model_alias": lambda: _member(router, "get_model_from_alias"),
+        "healthy_deployments": lambda: deployments,
+        "model": lambda: model,
+        "request_kwargs": lambda: kwargs,
     }
     try:
-        chosen: Mapping[str, Any] = shuffle(**{name: known[name] for name in inspect.signature(shuffle).parameters})
+        chosen: Mapping[str, Any] = shuffle(**{name: known[name]() for name in inspect.signature(shuffle).parameters})
     except Exception:  # noqa: BLE001 (weights that are no numbers, or a parameter of a later LiteLLM)
         return random.choice(deployments)
     return chosen
@@ -445,7 +450,7 @@ async def _route_synthetically() -> None:
 
 
 async def _check_choice(router: Any, selector: _ProbeSelector) -> None:
-    core = router.__dict__.get("_core", router)
+    core = core_of(router)
     messages = [{"role": "user", "content": "self-test"}]
     for how in ("async", "sync"):
         kwargs: dict[str, Any] = {}

@@ -46,6 +46,10 @@ class Plugin:
         if self.inactive is not None:
             _log.error("gorgo is inactive, LiteLLM's own simple-shuffle serves: %s", self.inactive)
 
+    def adapter(self, router: Any) -> Adapter | None:
+        """What a `litellm.Router` has of gorgo; None when it does not use it."""
+        return self._adapters.get(patch.core_of(router))
+
     # What patch calls
 
     def build(self, router: Any, args: Mapping[str, Any] | None) -> Selector:

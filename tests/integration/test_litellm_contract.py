@@ -137,14 +137,14 @@ async def test_a_routing_group_alone_uses_gorgo(plugin: Any, make_router: Any) -
     models = [deployment(name, url) for name in ("a", "b") for url in ("http://127.0.0.1:1", "http://127.0.0.1:2")]
     group = {"group_name": "g", "models": ["a"], "routing_strategy": "gorgo", "routing_strategy_args": {}}
     router = litellm.Router(model_list=models, routing_groups=[group])
-    adapter = plugin._adapters[router.__dict__.get("_core", router)]
+    adapter = plugin.adapter(router)
     assert [share.models for share in adapter.shares] == [{"a"}]
 
 
 def test_new_arguments_take_effect_and_bad_ones_keep_the_last_good_state(plugin: Any, make_router: Any) -> None:
     needs_effect(plugin)
     router = make_router(routing_strategy="gorgo", routing_strategy_args={"policy": "nearest"})
-    adapter = plugin._adapters[router.__dict__.get("_core", router)]
+    adapter = plugin.adapter(router)
     router.update_settings(routing_strategy_args={"policy": "random"})
     assert adapter.shares[0].runtime.settings.policy == "random"
     router.update_settings(routing_strategy_args={"polcy": "nearest"}, num_retries=1)

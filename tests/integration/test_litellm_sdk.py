@@ -46,7 +46,7 @@ def make(pair: Engines) -> Iterator[Callable[..., tuple[Any, Runtime]]]:
             retry_after=0,
             **{"num_retries": 2, **settings},
         )
-        runtime = plugin()._adapters[router].shares[0].runtime
+        runtime = plugin().adapter(router).shares[0].runtime
         runtimes.append(runtime)
         return router, runtime
 
@@ -221,7 +221,7 @@ async def test_a_closed_port_is_unreached(make: Any, failed: list[str]) -> None:
     )
     with pytest.raises(litellm.exceptions.InternalServerError):
         await router.acompletion(model="m", messages=MESSAGES)
-    runtime = plugin()._adapters[router].shares[0].runtime
+    runtime = plugin().adapter(router).shares[0].runtime
     await at_rest(runtime)
     assert failed == ["unreached", "unreached"]
     health = [replica["health"] for replica in runtime.router.snapshot()["replicas"].values()]
@@ -297,7 +297,7 @@ def test_routing_groups_of_equal_settings_share_one_runtime(make: Any, pair: Eng
         routing_strategy="gorgo",
         routing_strategy_args={"policy": "nearest"},
     )
-    shares = plugin()._adapters[router].shares
+    shares = plugin().adapter(router).shares
     assert sorted(sorted(share.models) for share in shares) == [["a", "b"], ["c"]]
     assert {share.runtime.settings.policy for share in shares} == {"gorgo", "nearest"}
     for share in shares:
@@ -312,7 +312,7 @@ async def test_a_strategy_asked_for_by_one_request_alone_is_served(make: Any, pa
     make()
     router = litellm.Router(model_list=[deployment("m", engine.url, name=engine.name) for engine in pair])
     await router.acompletion(model="m", messages=MESSAGES, routing_strategy="gorgo")
-    shares = plugin()._adapters[router].shares
+    shares = plugin().adapter(router).shares
     assert [share.runtime.router.snapshot()["counters"]["routed"] for share in shares] == [1]
     for share in shares:
         share.runtime.close()
@@ -327,18 +327,18 @@ async def test_a_strategy_switched_at_run_time_is_followed(make: Any, pair: Engi
     router = litellm.Router(model_list=[deployment("m", engine.url, name=engine.name) for engine in pair])
     router.update_settings(routing_strategy="gorgo", routing_strategy_args={"polcy": "nearest"})
     assert router.routing_strategy == "simple-shuffle"  # the last good state
-    assert "polcy" in str(plugin()._adapters[router].settings_error)
+    assert "polcy" in str(plugin().adapter(router).settings_error)
     router.update_settings(routing_strategy="gorgo", routing_strategy_args={"policy": "nearest"})
     await router.acompletion(model="m", messages=MESSAGES)
-    runtime = plugin()._adapters[router].shares[0].runtime
+    runtime = plugin().adapter(router).shares[0].runtime
     assert runtime.router.snapshot()["counters"]["routed"] == 1
     router.update_settings(routing_strategy="simple-shuffle")
-    assert not plugin()._adapters[router].shares
+    assert not plugin().adapter(router).shares
     await router.acompletion(model="m", messages=MESSAGES)
     assert runtime.router.snapshot()["counters"]["routed"] == 1
     router.update_settings(routing_groups=[{"group_name": "g", "models": ["m"], "routing_strategy": "gorgo"}])
-    assert [share.models for share in plugin()._adapters[router].shares] == [{"m"}]
-    for share in plugin()._adapters[router].shares:
+    assert [share.models for share in plugin().adapter(router).shares] == [{"m"}]
+    for share in plugin().adapter(router).shares:
         share.runtime.close()
 
 

@@ -138,7 +138,7 @@ def test_a_configuration_of_the_repository_is_accepted_as_it_stands(router_class
     config = yaml.safe_load(path.read_text())
     assert config["litellm_settings"]["callbacks"] == [CALLBACK]
     router = router_class(model_list=config["model_list"], **config["router_settings"])
-    [share] = plugin()._adapters[router].shares
+    [share] = plugin().adapter(router).shares
     assert share.models == {"m"}
     assert len(share.runtime.settings.replicas) >= 2
     share.runtime.close()

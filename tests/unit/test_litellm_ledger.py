@@ -114,6 +114,35 @@ def test_the_logging_object_of_an_earlier_attempt_does_not_end_the_next(ledger: 
     now.finish()
 
 
+@pytest.mark.parametrize(("late_event_s", "closed"), [(1000.0, None), (0.0, "disconnect")])
+def test_a_request_whose_context_is_gone_is_over_when_its_late_events_had_their_time(
+    ledger: Ledger, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, late_event_s: float, closed: str | None
+) -> None:
+    monkeypatch.setattr("gorgo_plugin.litellm_strategy.ledger.LATE_EVENT_S", late_event_s)
+
+    def select() -> Attempt:
+        one = attempt(runtime, ledger.begin({"litellm_trace_id": "t"}))
+        ledger.dispatch("call")
+        return one
+
+    dropped = contextvars.Context().run(select)
+    gc.collect()
+    ledger.collect()
+    assert dropped.closed == closed
+    assert ledger.of_call("call") is dropped
+    dropped.fail("disconnect")
+
+
+def test_a_logging_object_made_after_the_choice_is_found_by_its_call_id(ledger: Ledger, runtime: Runtime) -> None:
+    logging, other = LoggingObject("call"), LoggingObject("other")
+    request = ledger.begin({"litellm_trace_id": "t"})
+    mine = attempt(runtime, request)
+    ledger.dispatch("call")
+    assert ledger.find({"litellm_logging_obj": other}) is None
+    assert ledger.find({"litellm_logging_obj": logging}) is request
+    mine.finish()
+
+
 def test_log_events_join_by_the_call_id(ledger: Ledger, runtime: Runtime) -> None:
     logging = LoggingObject()
     mine = attempt(runtime, ledger.begin({"litellm_logging_obj": logging}))
