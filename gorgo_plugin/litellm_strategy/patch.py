@@ -18,13 +18,15 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 import litellm
 from litellm.integrations.custom_logger import CustomLogger
+
+from gorgo_plugin.errors import GorgoError
 
 STRATEGY = "gorgo"
 FALLBACK = "simple-shuffle"
@@ -167,16 +169,38 @@ def in_proxy() -> bool:
     return "litellm.proxy.proxy_server" in sys.modules
 
 
-def add_admin_route(path: str, answer: Callable[[], Any]) -> None:
-    """Serve `answer` at a path of the proxy, behind LiteLLM's key; once, however often called."""
-    if not in_proxy():
-        return
+def add_route(path: str, answer: Callable[[], Any]) -> None:
+    """Serve what `answer` returns to GETs of a path of the proxy, behind any of LiteLLM's keys."""
     from fastapi import Depends
     from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
 
+    _serve(path, answer, "GET", Depends(user_api_key_auth))
+
+
+def add_admin_question(path: str, answer: Callable[[object], Awaitable[Mapping[str, Any]]]) -> None:
+    """Answer what proxy admins POST to a path as JSON; the plugin's own errors become a 400 with their sentence."""
+    import fastapi
+    from litellm.proxy._types import LitellmUserRoles
+    from litellm.proxy.auth.user_api_key_auth import user_api_key_auth
+
+    async def admins_only(caller: Any = fastapi.Depends(user_api_key_auth)) -> None:  # noqa: B008 (FastAPI's form)
+        if getattr(caller, "user_role", None) != LitellmUserRoles.PROXY_ADMIN:
+            raise fastapi.HTTPException(403, "only for proxy admins: it tells what others have cached")
+
+    async def question(asked: Any = fastapi.Body()) -> Mapping[str, Any]:  # noqa: B008 (FastAPI's form)
+        try:
+            return await answer(asked)
+        except GorgoError as error:
+            raise fastapi.HTTPException(400, str(error)) from None
+
+    _serve(path, question, "POST", fastapi.Depends(admins_only))
+
+
+def _serve(path: str, answer: Callable[..., Any], method: str, guard: Any) -> None:
+    """Add a route to the proxy; once, however often called."""
     app = sys.modules["litellm.proxy.proxy_server"].app
     if not any(getattr(route, "path", None) == path for route in app.router.routes):
-        app.add_api_route(path, answer, methods=["GET"], dependencies=[Depends(user_api_key_auth)], tags=["gorgo"])
+        app.add_api_route(path, answer, methods=[method], dependencies=[guard], response_model=None)
 
 
 def end_start_up_without_traceback() -> None:

@@ -9,15 +9,17 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from gorgo_plugin.errors import SettingsError
+from gorgo_plugin.errors import NoCandidates, SettingsError
 from gorgo_plugin.litellm_strategy import patch
 from gorgo_plugin.litellm_strategy.adapter import ARGS, Adapter, Share
 from gorgo_plugin.litellm_strategy.ledger import Ledger, Request
 from gorgo_plugin.litellm_strategy.selector import Selector
 from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.explain import question
 from gorgo_plugin.settings import Settings
 
 STATUS_PATH = "/gorgo/status"
+EXPLAIN_PATH = "/gorgo/explain"
 ROUTING_KEYS = frozenset({"routing_strategy", ARGS, "routing_groups"})
 
 _log = logging.getLogger("gorgo_plugin")
@@ -151,6 +153,21 @@ class Plugin:
             return {**idle, "active": False, "reason": reason, "settings_error": refused, "litellm": about}
         return {**_merged_status(shares), "settings_error": refused, "litellm": about}
 
+    async def explain(self, asked: object) -> dict[str, Any]:
+        """What `/gorgo/explain` answers to `{body, endpoint, model}`: where the request would go now, and why.
+
+        Raises:
+            PromptError: the question or the body in it cannot be read.
+            NoCandidates: no model group of that name uses gorgo.
+        """
+        body, endpoint, model = question(asked)
+        group = model if model is not None else str(body.get("model", ""))
+        for adapter in list(self._adapters.values()):
+            for share in adapter.shares:
+                if group in share.models:
+                    return await share.runtime.explain(body, endpoint, group)
+        raise NoCandidates(f"model: '{group:.80}' is no model group that gorgo routes")
+
     async def stop(self) -> None:
         """End everything in the background."""
         for adapter in list(self._adapters.values()):
@@ -160,7 +177,9 @@ class Plugin:
         """Be heard by LiteLLM, and by its proxy where this is one."""
         if self.callback is not None:
             patch.register(self.callback)
-        patch.add_admin_route(STATUS_PATH, _status_route)
+        if patch.in_proxy():
+            patch.add_route(STATUS_PATH, _status_route)
+            patch.add_admin_question(EXPLAIN_PATH, self.explain)
         patch.on_proxy_shutdown(self.stop)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.integration.conftest import ARGS, set_args
-from tests.litellm_proxy import Proxy, deployment, wait_until
+from tests.litellm_proxy import KEY, Proxy, deployment, wait_until
 from tests.stub_engine import StubEngine, prompt_tokens
 
 Engines = tuple[StubEngine, StubEngine]
@@ -292,6 +296,29 @@ def test_status_needs_litellms_key(gateway: Proxy) -> None:
         answer = httpx.get(f"{gateway.url}/gorgo/status", headers=headers)
         assert answer.status_code >= 400
         assert "flights" not in answer.text
+
+
+def test_explain_tells_an_admin_why_a_request_would_go_where_it_would(gateway: Proxy, tmp_path: Path) -> None:
+    body = chat(long_text())
+    cached_at = ask(gateway, "/v1/chat/completions", body).headers["x-gorgo-region"]
+    request, config = tmp_path / "body.json", tmp_path / "config.yaml"
+    request.write_text(json.dumps(body))
+    config.write_text((gateway.log.parent / "config.yaml").read_text())
+    command = [sys.executable, "-c", "from gorgo_plugin.cli import main; main()", "explain", "--json"]
+    options = ["--config", str(config), "--request", str(request), "--status-url", gateway.url, "--key", KEY]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    explained = json.loads(done.stdout)
+    assert explained["region"] == cached_at
+    assert explained["replicas"][explained["replica"]]["cached_tokens"] > 0
+    before = gateway.status()["counters"]["routed"]
+    unknown = gateway.post("/gorgo/explain", {"body": chat("x", model="nobody"), "endpoint": "/v1/chat/completions"})
+    assert (unknown.status_code, unknown.json()["detail"]) == (
+        400,
+        "model: 'nobody' is no model group that gorgo routes",
+    )
+    assert httpx.post(f"{gateway.url}/gorgo/explain", json={"body": body}).status_code >= 400
+    assert gateway.status()["counters"]["routed"] == before
 
 
 def test_shadow_leaves_the_choice_to_litellm_and_learns_all_the_same(gateway: Proxy, engines: Engines) -> None:
