@@ -13,6 +13,8 @@ from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 STALE_GROWTH = 0.25
 # Doubt stops growing after this many stale periods: by then failed probes have marked the replica unhealthy.
 MAX_STALE_PERIODS = 8.0
+# No round trip is longer: what claims to be (a clock that jumped, a suspended machine) counts as this much.
+MAX_RTT_S = 60.0
 
 
 class LatencyTable(Table):
@@ -27,7 +29,7 @@ class LatencyTable(Table):
         if not (0.0 <= rtt_s < math.inf):
             return
         rtt, spread, at = (self._columns[name] for name in ("rtt_ms", "spread_ms", "at_s"))
-        sample, alpha = rtt_s * 1000.0, self.settings.alpha
+        sample, alpha = min(rtt_s, MAX_RTT_S) * 1000.0, self.settings.alpha
         if math.isnan(rtt[slot]):
             rtt[slot], spread[slot] = sample, sample / 2  # as TCP starts its own estimate (RFC 6298)
         else:

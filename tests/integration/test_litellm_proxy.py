@@ -397,5 +397,6 @@ def test_a_bad_deployment_added_at_run_time_is_served_and_keeps_the_last_good_st
             lambda: (
                 ask(gateway, "/v1/embeddings", {"model": "m", "input": "x"})
                 and gateway.status()["settings_error"] is None
-            )
+            ),
+            more=lambda: str(gateway.status()["settings_error"]),
         )

@@ -24,7 +24,7 @@ class LoggingObject:
         self.litellm_call_id = call_id
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, REQUESTS - 1), st.sampled_from(EVENTS)), max_size=40))
 def test_at_the_end_no_flight_is_open_and_none_was_ended_twice(events: list[tuple[int, str]]) -> None:
     ledger = Ledger()

@@ -84,7 +84,7 @@ def check_one(builder: PromptBuilder, body: Any, endpoint: str) -> None:
             assert len(name.encode()) <= 4 * 256
 
 
-@settings(deadline=None, derandomize=True, max_examples=400)
+@settings(max_examples=400)
 @given(body=BODIES | VALUES, endpoint=st.sampled_from(ENDPOINTS))
 @example(body={"messages": [{"role": "user", "content": [{"type": [], "text": 1}]}]}, endpoint="/v1/chat/completions")
 @example(body={"messages": [{"role": "user", "content": "a"}], "cache_salt": "\ud800"}, endpoint="/v1/chat/completions")
@@ -92,13 +92,13 @@ def test_any_mapping_is_a_prompt_or_a_clear_error(body: Any, endpoint: str) -> N
     check(body, endpoint)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(body=BODIES | VALUES, endpoint=st.sampled_from(ENDPOINTS))
 def test_any_json_is_a_prompt_or_a_clear_error(body: Any, endpoint: str) -> None:
     check(json.dumps(body).encode(), endpoint)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(body=st.binary(max_size=40), endpoint=st.sampled_from(ENDPOINTS))
 def test_any_bytes_are_a_prompt_or_a_clear_error(body: bytes, endpoint: str) -> None:
     check(body, endpoint)

@@ -79,7 +79,7 @@ def style(name: str) -> tuple[PromptBuilder, Tokenizer, Any]:
 
 
 @pytest.mark.parametrize("name", list(STYLES))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(messages=MESSAGES)
 def test_a_chat_gives_the_ids_of_the_whole(name: str, messages: list[dict[str, str]]) -> None:
     builder, tokenizer, template = style(name)
@@ -91,7 +91,7 @@ def test_a_chat_gives_the_ids_of_the_whole(name: str, messages: list[dict[str, s
 
 
 @pytest.mark.parametrize("name", list(STYLES))
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 @given(text=TEXTS | LONG_TEXTS)
 def test_raw_text_gives_the_ids_of_the_whole(name: str, text: str) -> None:
     builder, tokenizer, _ = style(name)
@@ -99,7 +99,7 @@ def test_raw_text_gives_the_ids_of_the_whole(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(STYLES))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(text=TEXTS)
 def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
     builder, tokenizer, _ = style(name)
@@ -112,7 +112,7 @@ def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
     assert joined == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(text=TEXTS | LONG_TEXTS, more=TEXTS | LONG_TEXTS, spaces=st.booleans())
 def test_growing_moves_no_cut_but_the_last(text: str, more: str, spaces: bool) -> None:
     cuts = [b"<|im_start|>", b"</s>"]
@@ -123,7 +123,7 @@ def test_growing_moves_no_cut_but_the_last(text: str, more: str, spaces: bool) -
     assert after[: len(before[:-1])] == before[:-1]
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(messages=MESSAGES)
 def test_the_embedded_tokenizer_gives_the_ids_of_the_whole(messages: list[dict[str, str]]) -> None:
     builder, tokenizer = embedded()

@@ -55,6 +55,13 @@ def test_a_sample_that_is_no_duration_changes_nothing(sample: float) -> None:
     assert table.describe(0, 1.0)["age_s"] == 1.0
 
 
+def test_a_sample_longer_than_any_round_trip_stays_a_price() -> None:
+    table = latency()
+    table.observe(0, 1.7e305, 0.0)
+    assert table.network_ms(ONE)[0] == 60_000.0
+    assert np.isfinite(table.doubt_ms(ONE, 1e9)[0])
+
+
 def test_a_clock_that_jumps_back_does_not_make_a_negative_age() -> None:
     table = latency()
     table.observe(0, 0.1, 100.0)
