@@ -17,6 +17,7 @@ from gorgo_plugin.prompt.bodies import RawPrompts, Request, read_request
 from gorgo_plugin.prompt.cache import SegmentCache
 from gorgo_plugin.prompt.conversation import Conversation, Media
 from gorgo_plugin.prompt.model import PromptModel
+from gorgo_plugin.prompt.recall import EMPTY, Recall, Recalled, Stretch
 from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
 from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 from gorgo_plugin.settings import ModelSettings, Settings
@@ -27,27 +28,24 @@ PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary re
 PSEUDO_TOKENS_MAX = 1_000_000
 _MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)".encode())
 
-EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
-
-Piece = bytes | Ids  # UTF-8 text still to be looked up, or the ids of what is no text
-
 
 class Plan:
-    """A prompt half prepared: what was seen before is looked up, the rest waits to be tokenized.
+    """A prompt half prepared: what was seen before is looked up, the rest waits to be tokenized."""
 
-    Attributes:
-        cold_chars: characters `finish` has to tokenize; 0: all were seen.
-    """
+    __slots__ = ("_build", "_recalled")
 
-    __slots__ = ("_finish", "cold_chars")
+    def __init__(self, recalled: Recalled, build: Callable[[Ids], Prompt]) -> None:
+        self._recalled = recalled
+        self._build = build
 
-    def __init__(self, cold_chars: int, finish: Callable[[], Prompt]) -> None:
-        self.cold_chars = cold_chars
-        self._finish = finish
+    @property
+    def cold_chars(self) -> int:
+        """Characters `finish` has to tokenize; 0: all were seen."""
+        return self._recalled.cold_chars
 
     def finish(self) -> Prompt:
-        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes."""
-        return self._finish()
+        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much."""
+        return self._build(self._recalled.ids())
 
 
 class PromptBuilder:
@@ -64,6 +62,7 @@ class PromptBuilder:
         self._secret = sha256(secret).digest()
         self._image_tokens = settings.prepare.image_tokens
         self._cache = SegmentCache(settings.prepare.cache_bytes)
+        self._recall = Recall(self._cache, self._digest)
         self._now = now
         loaded: dict[str | None, tuple[Vocabulary, TokenizerSource]] = {}
         self._default = self._load("", settings.model_settings(""), ModelSettings(), loaded)
@@ -117,9 +116,9 @@ class PromptBuilder:
     def _plan(self, request: Request, name: str) -> Plan:
         model = self._models.get(name, self._default)
         if isinstance(request.content, Conversation):
-            pieces, exact = self._conversation_pieces(model, request.content)
+            stretches, exact = self._conversation_stretches(model, request.content)
         else:
-            pieces, exact = self._raw_pieces(model, request.content)
+            stretches, exact = self._raw_stretches(model, request.content)
         build = partial(
             Prompt,
             model=name,
@@ -130,23 +129,9 @@ class PromptBuilder:
             cache_key=self._digest(repr(request.salts).encode(), b"salt").hex() if request.salts else "",
             exact=exact,
         )
-        return self._looked_up(model.vocabulary, pieces, build)
+        return Plan(self._recall.look_up(model, stretches), build)
 
-    def _looked_up(self, vocabulary: Vocabulary, pieces: list[Piece], build: Callable[[Ids], Prompt]) -> Plan:
-        texts = [piece for piece in pieces if isinstance(piece, bytes)]
-        keys = [self._digest(text, vocabulary.label) for text in texts]
-        found = self._cache.get_many(keys)
-        cold = {key: text.decode() for key, text, ids in zip(keys, texts, found, strict=True) if ids is None}
-
-        def finish() -> Prompt:
-            fresh = dict(zip(cold, vocabulary.encode(list(cold.values())), strict=True)) if cold else {}
-            self._cache.put_many(fresh.items())
-            known = (fresh[key] if ids is None else ids for key, ids in zip(keys, found, strict=True))
-            return build(_joined([next(known) if isinstance(piece, bytes) else piece for piece in pieces]))
-
-        return Plan(sum(map(len, cold.values())), finish)
-
-    def _conversation_pieces(self, model: PromptModel, conversation: Conversation) -> tuple[list[Piece], bool]:
+    def _conversation_stretches(self, model: PromptModel, conversation: Conversation) -> tuple[list[Stretch], bool]:
         media: dict[bytes, bytes] = {}
 
         def mark(medium: Media) -> str:
@@ -157,38 +142,32 @@ class PromptBuilder:
 
         text, faithful = model.render(conversation, mark)
         data, valid = utf8(text)
-        pieces = self._with_media(model, data, media) if media else list[Piece](model.cut(data))
+        stretches: list[Stretch] = self._with_media(data, media) if media else [data]
         if conversation.add_special_tokens:
             before, after = model.vocabulary.affixes
-            pieces = [before, *pieces, after]
-        return pieces, model.exact and faithful and valid and conversation.exact and not media
+            stretches = [before, *stretches, after]
+        return stretches, model.exact and faithful and valid and conversation.exact and not media
 
-    def _with_media(self, model: PromptModel, data: bytes, media: Mapping[bytes, bytes]) -> list[Piece]:
-        """Cut text that holds the markers of media; each becomes its run of pseudo-tokens."""
+    def _with_media(self, data: bytes, media: Mapping[bytes, bytes]) -> list[Stretch]:
+        """Part text that holds the markers of media; each becomes its run of pseudo-tokens."""
         stretches = _MARKER.split(data)
         count = sum(stretch in media for stretch in stretches)
         length = min(self._image_tokens, max(1, PSEUDO_TOKENS_MAX // max(1, count)))
         runs = {marker: pseudo_tokens(digest, length) for marker, digest in media.items()}
-        pieces: list[Piece] = []
-        for stretch in stretches:
-            if stretch in runs:
-                pieces.append(runs[stretch])
-            else:
-                pieces += model.cut(stretch)
-        return pieces
+        return [runs.get(stretch, stretch) for stretch in stretches]
 
-    def _raw_pieces(self, model: PromptModel, prompts: RawPrompts) -> tuple[list[Piece], bool]:
-        pieces: list[Piece] = []
+    def _raw_stretches(self, model: PromptModel, prompts: RawPrompts) -> tuple[list[Stretch], bool]:
+        stretches: list[Stretch] = []
         exact = True
         for item in prompts.items:
             if not isinstance(item, str):
-                pieces.append(_token_ids(item, prompts.field))
+                stretches.append(_token_ids(item, prompts.field))
                 continue
             data, valid = utf8(item)
             before, after = model.vocabulary.affixes if prompts.add_special_tokens else (EMPTY, EMPTY)
-            pieces += [before, *model.cut(data), after]
+            stretches += [before, data, after]
             exact = exact and valid and model.exact
-        return pieces, exact
+        return stretches, exact
 
     def _digest(self, data: bytes, kind: bytes) -> bytes:
         # SHA-256, because processors compute it: half the time of BLAKE2 on a long prompt.
@@ -224,9 +203,3 @@ def _token_ids(item: Sequence[Any], field: str) -> Ids:
         return token_array(item)
     except PromptError as error:
         raise PromptError(f"{field}: {str(error).removeprefix('tokens: ')}") from None
-
-
-def _joined(pieces: list[Ids]) -> Ids:
-    if len(pieces) == 1:
-        return pieces[0]
-    return np.concatenate(pieces) if pieces else EMPTY

@@ -40,7 +40,7 @@ def read_chat(body: Body) -> Conversation:
         template_args["reasoning_effort"] = body["reasoning_effort"]
     template_args |= as_mapping(body.get("chat_template_kwargs")) or {}
     return Conversation(
-        [_chat_message(item, f"messages[{index}]") for index, item in enumerate(items)],
+        [_chat_message(item, index) for index, item in enumerate(items)],
         tools=read_tools(body.get("tools")),
         template_args=template_args,
         add_generation_prompt=body.get("add_generation_prompt") is not False and not continue_final,
@@ -72,14 +72,15 @@ def _role(message: Body, where: str) -> str:
     return role
 
 
-def _chat_message(value: Any, where: str) -> Message:
-    message = value if isinstance(value, dict) else _object(value, where)
+def _chat_message(value: Any, index: int) -> Message:
+    if type(value) is dict and len(value) == 2:  # most messages are so, and a prompt may hold a thousand
+        role, content = value.get("role"), value.get("content")
+        if type(role) is str and role and type(content) is str:
+            return Message(role, content)
+    where = f"messages[{index}]"
+    message = _object(value, where)
     role = _role(message, where)
-    content = message.get("content")
-    if not isinstance(content, str):
-        content = read_content(content, f"{where}.content")
-    bare = len(message) == 2 and "content" in message  # most messages are
-    return Message(role, content, {} if bare else _chat_extras(message, role))
+    return Message(role, read_content(message.get("content"), f"{where}.content"), _chat_extras(message, role))
 
 
 def _chat_extras(message: Body, role: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gorgo_plugin.errors import SettingsError
 from gorgo_plugin.prompt.conversation import Conversation, Message, tool_call
 from gorgo_plugin.prompt.sources import EMBEDDED, TokenizerSource
 from gorgo_plugin.prompt.template import ChatTemplate, Mark, TemplateFailure, chatml
-from gorgo_plugin.prompt.vocabulary import Vocabulary, cut_text
+from gorgo_plugin.prompt.vocabulary import Vocabulary, chunk_text, cut_text
 
 _log = logging.getLogger("gorgo")
 
@@ -77,9 +77,13 @@ class PromptModel:
             self._count_failure(failure)
             return chatml(conversation, mark), False
 
+    def chunks(self, text: bytes) -> list[bytes]:
+        """Cut text where its tokenization is cut as well, into chunks of many messages."""
+        return chunk_text(text, self._cut_bytes, self._spaces)
+
     def cut(self, text: bytes) -> list[bytes]:
-        """Cut text where its tokenization is cut as well."""
-        return cut_text(text, self._cut_bytes, spaces=self._spaces)
+        """Cut text where its tokenization is cut as well, into pieces of about a message."""
+        return cut_text(text, self._cut_bytes, self._spaces)
 
     def _count_failure(self, failure: TemplateFailure) -> None:
         with self._lock:

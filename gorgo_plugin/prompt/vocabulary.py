@@ -20,12 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
+from gorgo_plugin.prompt.words import Words
+
 Ids = NDArray[np.uint32]
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 
 PIECE_BYTES = 256  # shorter pieces cost more to look up than to tokenize, and could fill the cache with next to nothing
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
+SMALL_CHARS = 8 * 1024  # fewer are tokenized in this thread: waking the tokenizer's pool takes 0.4 ms of CPU
+CHUNK_BYTES = 8192  # a known prompt of 20,000 tokens takes a dozen look-ups then, and the rest of one some more
 LONG_BYTES = 2048  # about 500 tokens, 1 ms: what a prompt that grew has to tokenize again
 _SPACE = re.compile(rb"[!-~] [A-Za-z]")
 _SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
@@ -79,10 +83,20 @@ class Vocabulary:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text, read-only; no special token is added.
+        """Token ids of each text, read-only; no special token is added. Much text releases the GIL, little does not."""
+        if sum(map(len, texts)) > SMALL_CHARS:
+            return self._encode_batches(texts)
+        return [self._words.ids(text) for text in texts] if self.cuts_spaces else [*map(self._encode_one, texts)]
 
-        The tokenizer's `encode` would hold the GIL all along; a batch holds it only while it hands over the ids.
-        """
+    @cached_property
+    def _words(self) -> Words:
+        return Words(lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _encode_one(self, text: str) -> Ids:
+        return read_only(np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32))
+
+    def _encode_batches(self, texts: Sequence[str]) -> list[Ids]:
+        # `encode` would hold the GIL all along; a batch holds it only while it hands over the ids.
         ids: list[Ids] = []
         for batch in _batches(texts):
             encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
@@ -92,7 +106,7 @@ class Vocabulary:
     @cached_property
     def affixes(self) -> tuple[Ids, Ids]:
         """The ids the tokenizer's post-processor puts before and after a text of its own (BOS, [CLS], EOS)."""
-        bare = self.encode(["a"])[0].tolist()
+        bare = self._encode_one("a").tolist()
         full = self._tokenizer.encode_batch_fast(["a"], add_special_tokens=True)[0].ids
         starts = range(len(full) - len(bare) + 1)
         at = next((start for start in starts if full[start : start + len(bare)] == bare), 0)
@@ -155,8 +169,8 @@ class Vocabulary:
         return not across and self._pieces_match(probes)
 
     def _pieces_match(self, probes: Sequence[Sequence[bytes]]) -> bool:
-        wholes = self.encode([b"".join(pieces).decode() for pieces in probes])
-        parts = iter(self.encode([piece.decode() for pieces in probes for piece in pieces]))
+        wholes = self._encode_batches([b"".join(pieces).decode() for pieces in probes])
+        parts = iter(self._encode_batches([piece.decode() for pieces in probes for piece in pieces]))
         return all(
             np.array_equal(whole, np.concatenate([next(parts) for _ in pieces]) if pieces else whole)
             for whole, pieces in zip(wholes, probes, strict=True)
@@ -171,18 +185,43 @@ def cut_text(text: bytes, cuts: Sequence[bytes], spaces: bool = False, piece_byt
     """
     pieces: list[bytes] = []
     start = 0
-    for at in sorted(place for cut in cuts for place in occurrences(text, cut)):
-        if at - start >= piece_bytes:
-            pieces += _cut_words(text[start:at]) if spaces else (text[start:at],)
+    for at in [*_places(text, cuts), len(text)]:
+        if at - start >= piece_bytes or start < at == len(text):
+            piece = text[start:at]
+            pieces += _cut_words(piece, LONG_BYTES) if spaces else (piece,)
             start = at
-    if start < len(text):
-        pieces += _cut_words(text[start:]) if spaces else (text[start:],)
     return pieces
 
 
-def _cut_words(text: bytes) -> list[bytes]:
+def chunk_text(text: bytes, cuts: Sequence[bytes], spaces: bool = False) -> list[bytes]:
+    """Cut UTF-8 text in front of `cuts`, into chunks of at least `CHUNK_BYTES` (the last may be shorter).
+
+    A message longer than that begins a chunk, and is with `spaces` cut between words, so that a long document is cut
+    the same whatever stands before it.
+    """
+    chunks: list[bytes] = []
+    start = 0
+    for at, end in pairwise([0, *_places(text, cuts), len(text)]):
+        long = end - at > CHUNK_BYTES
+        if at > start and (long or at - start >= CHUNK_BYTES):
+            chunks.append(text[start:at])
+            start = at
+        if long and spaces:
+            *whole, last = _cut_words(text[at:end], CHUNK_BYTES)
+            chunks += whole
+            start = end - len(last)
+    if start < len(text):
+        chunks.append(text[start:])
+    return chunks
+
+
+def _places(text: bytes, cuts: Sequence[bytes]) -> list[int]:
+    return sorted(place for cut in cuts for place in occurrences(text, cut))
+
+
+def _cut_words(text: bytes, long_bytes: int) -> list[bytes]:
     starts = [0]
-    while len(text) - starts[-1] > LONG_BYTES and (space := _SPACE.search(text, starts[-1] + LONG_BYTES)):
+    while len(text) - starts[-1] > long_bytes and (space := _SPACE.search(text, starts[-1] + long_bytes)):
         starts.append(space.start() + 1)
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
