@@ -23,7 +23,7 @@ import psutil
 
 from gorgo_plugin.fleet.gateway import MODEL, ROWS, Row, litellm_config, litellm_proxy
 from gorgo_plugin.fleet.instant import instant_upstreams
-from gorgo_plugin.fleet.loadgen import Outcome, Shot, Target, replay
+from gorgo_plugin.fleet.loadgen import Shot, Target, replay
 from gorgo_plugin.fleet.passages import Passage
 from gorgo_plugin.fleet.processes import Child, ProcessError
 
@@ -37,16 +37,21 @@ KV_TOKENS = 10_000_000  # instant upstreams have no cache to overflow
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How one figure is measured: clients in a closed loop, turns each, after one turn that is not counted."""
+    """How one figure is measured: clients in a closed loop, turns each, after one turn that is not counted.
+
+    The proxies take turns every `slice_turns`, so that a slow second of the machine or a long garbage collection falls
+    on neither alone.
+    """
 
     clients: int
     turns: int
+    slice_turns: int = 1
     cold: bool = False  # every request a prompt never seen before
 
 
 LOADS = {
-    "1 client": Load(1, 40),
-    "16 clients": Load(16, 12),
+    "1 client": Load(1, 100),
+    "16 clients": Load(16, 12, slice_turns=3),
     "1 client, every prompt new": Load(1, 15, cold=True),
 }
 
@@ -105,32 +110,72 @@ class Conversations:
             messages.append({"role": "assistant", "content": Passage(f"{name}/{turn}/reply", TURN_WORDS).text})
 
 
-async def measure(target: Target, child: Child, load: Load, talks: Conversations) -> Reading:
-    """Run a load against a proxy.
+class Run:
+    """One proxy under one load: its conversations, and what was measured so far."""
+
+    def __init__(self, target: Target, child: Child, load: Load, talks: Conversations) -> None:
+        self._target = target
+        self._process = psutil.Process(child.pid)
+        self._load = load
+        self._talks = talks
+        self._bodies = [talks.begin() for _ in range(load.clients)]
+        self._cpu_s = self._wall_s = 0.0
+        self._times_ms: list[float] = []
+
+    async def warm_up(self) -> None:
+        """One turn of each client, not counted.
+
+        Raises:
+            ProcessError: a request was not answered.
+        """
+        await asyncio.gather(*(_turn(self._target, next(body)) for body in self._bodies))
+
+    async def advance(self, turns: int) -> None:
+        """So many turns of each client.
+
+        Raises:
+            ProcessError: a request was not answered.
+        """
+        cpu_s, began_s = _cpu_s(self._process), time.monotonic()
+        times = await asyncio.gather(*(self._client(body, turns) for body in self._bodies))
+        self._wall_s += time.monotonic() - began_s
+        self._cpu_s += _cpu_s(self._process) - cpu_s
+        self._times_ms += itertools.chain(*times)
+
+    async def _client(self, body: Iterator[bytes], turns: int) -> list[float]:
+        return [await _turn(self._target, next(self._talks.begin() if self._load.cold else body)) for _ in range(turns)]
+
+    def reading(self) -> Reading:
+        """What was measured."""
+        requests = len(self._times_ms)
+        p50, p99 = np.percentile(self._times_ms, (50, 99)).tolist()
+        return Reading(self._cpu_s * 1e3 / requests, requests / self._wall_s, p50, p99)
+
+
+Proxies = dict[str, tuple[Target, Child]]
+
+
+async def measure(proxies: Proxies, load: Load, talks: Conversations) -> dict[str, Reading]:
+    """Run a load against each proxy, in turn.
 
     Raises:
         ProcessError: a request was not answered.
     """
-    bodies = [talks.begin() for _ in range(load.clients)]
-    await asyncio.gather(*(_turn(target, next(body)) for body in bodies))
-    process = psutil.Process(child.pid)
-
-    async def client(body: Iterator[bytes]) -> list[Outcome]:
-        return [await _turn(target, next(talks.begin() if load.cold else body)) for _ in range(load.turns)]
-
-    cpu_s, began_s = _cpu_s(process), time.monotonic()
-    outcomes = list(itertools.chain(*await asyncio.gather(*(client(body) for body in bodies))))
-    took_s, used_s = time.monotonic() - began_s, _cpu_s(process) - cpu_s
-    times = [outcome.e2e_ms for outcome in outcomes if outcome.e2e_ms is not None]
-    p50, p99 = np.percentile(times, (50, 99)).tolist()
-    return Reading(used_s * 1e3 / len(outcomes), len(outcomes) / took_s, p50, p99)
+    runs = {row: Run(*proxy, load, talks) for row, proxy in proxies.items()}
+    for run in runs.values():
+        await run.warm_up()
+    for number in range(load.turns // load.slice_turns):
+        for run in runs.values() if number % 2 == 0 else reversed(runs.values()):
+            await run.advance(load.slice_turns)
+    return {row: run.reading() for row, run in runs.items()}
 
 
-async def _turn(target: Target, body: bytes) -> Outcome:
+async def _turn(target: Target, body: bytes) -> float:
+    """Milliseconds from request to the end of the answer."""
     (outcome,) = await replay(target, [Shot(0.0, body)])
-    if outcome.error is not None:
+    if outcome.error is not None or outcome.e2e_ms is None:
         raise ProcessError(f"{target.url} did not answer: {outcome.error}")
-    return outcome
+    return outcome.e2e_ms
 
 
 def _cpu_s(process: psutil.Process) -> float:
@@ -139,10 +184,10 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 @contextlib.asynccontextmanager
-async def _both(folder: Path, watched: bool = False) -> AsyncIterator[dict[str, tuple[Target, Child]]]:
+async def _both(folder: Path, watched: bool = False) -> AsyncIterator[Proxies]:
     """The two proxies side by side, each with upstreams of its own."""
     async with contextlib.AsyncExitStack() as stack:
-        proxies = {}
+        proxies: Proxies = {}
         for row in (THEIRS, OURS):
             urls = await stack.enter_async_context(instant_upstreams(UPSTREAMS, row.name))
             config = _config(row, urls, watched)
@@ -169,12 +214,10 @@ async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None])
     talks = Conversations()
     readings: dict[tuple[str, str], list[Reading]] = {}
     async with _both(folder) as proxies:
-        for row in proxies:  # imports, connections and the first cold prompt
-            await measure(*proxies[row], Load(4, 5), talks)
+        await measure(proxies, Load(4, 5), talks)  # imports, connections and the first cold prompt
         for number in range(rounds):
             for name, load in LOADS.items():
-                for row in proxies if number % 2 == 0 else reversed(proxies):
-                    reading = await measure(*proxies[row], load, talks)
+                for row, reading in (await measure(proxies, load, talks)).items():
                     readings.setdefault((name, row), []).append(reading)
                 done(f"round {number + 1} of {rounds}: {name}")
     return [_overhead(name, readings[name, OURS.name], readings[name, THEIRS.name]) for name in LOADS]
@@ -204,14 +247,12 @@ async def bench_loop(folder: Path, rounds: int, done: Callable[[str], None]) -> 
     talks = Conversations()
     spans: dict[str, list[tuple[float, float]]] = {THEIRS.name: [], OURS.name: []}
     async with _both(folder, watched=True) as proxies:
-        for row in proxies:
-            await measure(*proxies[row], Load(4, 5), talks)
+        await measure(proxies, Load(4, 5), talks)
         for number in range(rounds):
-            for row, (target, child) in proxies.items():
+            for row, proxy in proxies.items():
                 began_s = time.monotonic()
-                await asyncio.gather(
-                    measure(target, child, Load(15, 6), talks), measure(target, child, Load(1, 6, cold=True), talks)
-                )
+                only = {row: proxy}
+                await asyncio.gather(measure(only, Load(15, 6), talks), measure(only, Load(1, 6, cold=True), talks))
                 spans[row].append((began_s, time.monotonic()))
             done(f"event loop: round {number + 1} of {rounds}")
         await asyncio.sleep(1.5)  # the watchers write twice a second

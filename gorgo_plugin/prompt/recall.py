@@ -35,11 +35,9 @@ class _Chunk:
     pieces: list[tuple[bytes, bytes]]
     ids: list[Ids | None]
 
-    def joined(self, fresh: Mapping[bytes, Ids]) -> Ids:
-        """The ids of the chunk, those of unknown pieces out of `fresh`."""
-        return joined_ids(
-            [fresh[key] if ids is None else ids for (key, _), ids in zip(self.pieces, self.ids, strict=True)]
-        )
+    def filled(self, fresh: Mapping[bytes, Ids]) -> list[Ids]:
+        """The ids of each piece, those of unknown ones out of `fresh`."""
+        return [fresh[key] if ids is None else ids for (key, _), ids in zip(self.pieces, self.ids, strict=True)]
 
     def cold(self) -> Iterator[tuple[bytes, str]]:
         """(key, text) of the pieces to be tokenized."""
@@ -66,18 +64,18 @@ class Recalled:
         """The ids of the whole; what is missing is tokenized, without the GIL where it is much, and remembered."""
         cold = self._cold
         fresh = dict(zip(cold, self._vocabulary.encode(list(cold.values())), strict=True)) if cold else {}
-        remembered = dict(fresh)
-        joined: list[Ids] = []
+        remembered = list(fresh.items())
+        ids: list[Ids] = []
         for part in self._parts:
-            if isinstance(part, _Chunk):
-                ids = part.joined(fresh)
-                if part.key is not None and part.ids[0] is not None:  # seen once: it may never come again
-                    remembered[part.key] = ids
-                joined.append(ids)
-            else:
-                joined.append(part)
-        self._cache.put_many(remembered.items())
-        return joined_ids(joined)
+            if not isinstance(part, _Chunk):
+                ids.append(part)
+                continue
+            pieces = part.filled(fresh)
+            if part.key is not None and part.ids[0] is not None:  # seen once only, it may never come again
+                remembered.append((part.key, joined_ids(pieces)))
+            ids += pieces
+        self._cache.put_many(remembered)
+        return joined_ids(ids)
 
 
 class Recall:

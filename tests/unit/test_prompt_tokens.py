@@ -257,3 +257,25 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(tmp_path: Path) 
     tokenizer.enable_padding(length=512)
     builder = PromptBuilder(Settings(tokenizer=small.save(tmp_path, tokenizer)), secret=b"test")
     assert builder.prepare({"prompt": "word " * 100}, COMPLETIONS).tokens.tolist() == whole
+
+
+def test_a_long_document_is_tokenized_once_whatever_stands_before_it(tmp_path: Path) -> None:
+    builder = headers_builder(tmp_path)
+    document = {"role": "user", "content": " ".join(f"sentence {k} of a long report." for k in range(2000))}
+    bodies = [
+        {"messages": [{"role": "system", "content": f"You are {name}. " * times}, document]}
+        for name, times in (("Ada", 1), ("Grace", 40), ("Barbara", 900))
+    ]
+    first, second, third = (builder.plan(body, CHAT) for body in bodies)
+    assert first.cold_chars > 50_000
+    first.finish()
+    assert builder.plan(bodies[1], CHAT).cold_chars < 1_000 < second.cold_chars
+    assert builder.plan(bodies[2], CHAT).cold_chars < 17_000 < third.cold_chars
+
+
+def test_ids_are_the_same_however_much_is_known(tmp_path: Path) -> None:
+    warm = headers_builder(tmp_path)
+    for turns in (1, 2, 3, 30, 31, 32, 60):
+        body = {"messages": conversation(turns)}
+        cold = headers_builder(tmp_path).prepare(body, CHAT)
+        assert np.array_equal(warm.prepare(body, CHAT).tokens, cold.tokens)
