@@ -32,7 +32,8 @@ class BlockHasher:
         if blocks == 0:
             return b""
         full = tokens[: blocks * self.block_tokens].reshape(blocks, self.block_tokens)
-        hashed = full.astype(np.uint64) @ self._keys
+        # einsum widens the tokens in small buffers, where `@` would copy them all.
+        hashed: NDArray[np.uint64] = np.einsum("ij,j->i", full, self._keys)
         if cache_key:
             salt = hashlib.blake2b(cache_key.encode("utf-8", "surrogatepass"), key=self._secret, digest_size=HASH_BYTES)
             hashed[0] ^= np.frombuffer(salt.digest(), dtype=np.uint64)[0]

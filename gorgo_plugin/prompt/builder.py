@@ -26,7 +26,7 @@ KEY_BYTES = 16  # two of 2**64 texts would share a key by chance
 PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary reaches so far
 # All the media of one prompt together; a tiny part of a body could else stand for any number of tokens.
 PSEUDO_TOKENS_MAX = 1_000_000
-_MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)".encode())
+_MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 
 
 class Plan:
@@ -132,25 +132,25 @@ class PromptBuilder:
         return Plan(self._recall.look_up(model, stretches), build)
 
     def _conversation_stretches(self, model: PromptModel, conversation: Conversation) -> tuple[list[Stretch], bool]:
-        media: dict[bytes, bytes] = {}
+        media: dict[str, bytes] = {}
 
         def mark(medium: Media) -> str:
             digest = self._digest(medium.payload.encode("utf-8", "surrogatepass"), b"media")
             marker = f"\ue000{digest.hex()}\ue001"  # keyed, so that no text can imitate it
-            media[marker.encode()] = digest
+            media[marker] = digest
             return marker
 
         text, faithful = model.render(conversation, mark)
-        data, valid = utf8(text)
-        stretches: list[Stretch] = self._with_media(data, media) if media else [data]
+        text, valid = well_formed(text)
+        stretches: list[Stretch] = self._with_media(text, media) if media else [text]
         if conversation.add_special_tokens:
             before, after = model.vocabulary.affixes
             stretches = [before, *stretches, after]
         return stretches, model.exact and faithful and valid and conversation.exact and not media
 
-    def _with_media(self, data: bytes, media: Mapping[bytes, bytes]) -> list[Stretch]:
+    def _with_media(self, text: str, media: Mapping[str, bytes]) -> list[Stretch]:
         """Part text that holds the markers of media; each becomes its run of pseudo-tokens."""
-        stretches = _MARKER.split(data)
+        stretches = _MARKER.split(text)
         count = sum(stretch in media for stretch in stretches)
         length = min(self._image_tokens, max(1, PSEUDO_TOKENS_MAX // max(1, count)))
         runs = {marker: pseudo_tokens(digest, length) for marker, digest in media.items()}
@@ -163,9 +163,9 @@ class PromptBuilder:
             if not isinstance(item, str):
                 stretches.append(_token_ids(item, prompts.field))
                 continue
-            data, valid = utf8(item)
+            text, valid = well_formed(item)
             before, after = model.vocabulary.affixes if prompts.add_special_tokens else (EMPTY, EMPTY)
-            stretches += [before, data, after]
+            stretches += [before, text, after]
             exact = exact and valid and model.exact
         return stretches, exact
 
@@ -190,12 +190,15 @@ def pseudo_tokens(digest: bytes, count: int) -> Ids:
     return read_only((mixed >> np.uint64(33)).astype(np.uint32) | np.uint32(PSEUDO_TOKEN))
 
 
-def utf8(text: str) -> tuple[bytes, bool]:
-    """(UTF-8, whether the text is valid Unicode); each lone surrogate becomes a replacement character."""
+def well_formed(text: str) -> tuple[str, bool]:
+    """(text, whether it was valid Unicode); each lone surrogate becomes a replacement character."""
+    if text.isascii():
+        return text, True
     try:
-        return text.encode(), True
+        text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode(), False
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), False
+    return text, True
 
 
 def _token_ids(item: Sequence[Any], field: str) -> Ids:

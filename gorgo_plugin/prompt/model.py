@@ -12,9 +12,10 @@ import jinja2
 
 from gorgo_plugin.errors import SettingsError
 from gorgo_plugin.prompt.conversation import Conversation, Message, tool_call
+from gorgo_plugin.prompt.cuts import chunk_spans, cut_text
 from gorgo_plugin.prompt.sources import EMBEDDED, TokenizerSource
 from gorgo_plugin.prompt.template import ChatTemplate, Mark, TemplateFailure, chatml
-from gorgo_plugin.prompt.vocabulary import Vocabulary, chunk_text, cut_text
+from gorgo_plugin.prompt.vocabulary import Vocabulary
 
 _log = logging.getLogger("gorgo")
 
@@ -56,7 +57,6 @@ class PromptModel:
         self._lock = threading.Lock()
         self._spaces = vocabulary.cuts_spaces  # found out now: the trial takes longer than a request may
         self.cuts = self._choose_cuts()
-        self._cut_bytes = tuple(cut.encode() for cut in self.cuts)
 
     def _compiled(self, text: str, source: TokenizerSource, now: Callable[[], datetime]) -> ChatTemplate:
         try:
@@ -77,13 +77,13 @@ class PromptModel:
             self._count_failure(failure)
             return chatml(conversation, mark), False
 
-    def chunks(self, text: bytes) -> list[bytes]:
-        """Cut text where its tokenization is cut as well, into chunks of many messages."""
-        return chunk_text(text, self._cut_bytes, self._spaces)
+    def chunks(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of chunks of many messages, cut where the tokenization is cut as well."""
+        return chunk_spans(text, self.cuts, self._spaces)
 
-    def cut(self, text: bytes) -> list[bytes]:
-        """Cut text where its tokenization is cut as well, into pieces of about a message."""
-        return cut_text(text, self._cut_bytes, self._spaces)
+    def cut(self, text: str) -> list[str]:
+        """Pieces of about a message, cut where the tokenization is cut as well."""
+        return cut_text(text, self.cuts, self._spaces)
 
     def _count_failure(self, failure: TemplateFailure) -> None:
         with self._lock:

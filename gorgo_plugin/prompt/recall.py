@@ -18,7 +18,7 @@ from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 
 EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
 
-Stretch = bytes | Ids  # UTF-8 text, or the ids of what is no text
+Stretch = str | Ids  # text, or the ids of what is no text
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class _Chunk:
     """
 
     key: bytes | None
-    pieces: list[tuple[bytes, bytes]]
+    pieces: list[tuple[bytes, str]]
     ids: list[Ids | None]
 
     def filled(self, fresh: Mapping[bytes, Ids]) -> list[Ids]:
@@ -41,7 +41,7 @@ class _Chunk:
 
     def cold(self) -> Iterator[tuple[bytes, str]]:
         """(key, text) of the pieces to be tokenized."""
-        return ((key, text.decode()) for (key, text), ids in zip(self.pieces, self.ids, strict=True) if ids is None)
+        return ((key, text) for (key, text), ids in zip(self.pieces, self.ids, strict=True) if ids is None)
 
 
 class Recalled:
@@ -82,7 +82,7 @@ class Recall:
     """Looks text up in a cache, under keyed hashes."""
 
     def __init__(self, cache: SegmentCache, digest: Callable[[bytes, bytes], bytes]) -> None:
-        """`digest` takes (text, label of what it is the text of)."""
+        """`digest` takes (UTF-8 text, label of what it is the text of)."""
         self._cache = cache
         self._digest = digest
 
@@ -90,19 +90,23 @@ class Recall:
         """What is known of a prompt made of these stretches, none of which merges with its neighbours."""
         parts: list[Ids | _Chunk] = []
         for stretch in stretches:
-            parts += self._chunks(model, stretch) if isinstance(stretch, bytes) else (stretch,)
+            parts += self._chunks(model, stretch) if isinstance(stretch, str) else (stretch,)
         return Recalled(parts, model.vocabulary, self._cache)
 
-    def _chunks(self, model: PromptModel, text: bytes) -> Iterator[Ids | _Chunk]:
-        *whole, last = model.chunks(text) or [b""]
-        keys = [self._digest(chunk, model.vocabulary.label) for chunk in whole]
-        for chunk, key, ids in zip(whole, keys, self._cache.get_many(keys), strict=True):
-            yield self._chunk(model, chunk, key) if ids is None else ids
-        yield self._chunk(model, last, None)
+    def _chunks(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:
+        *whole, (last, end) = model.chunks(text)
+        # One slice at a time: a copy of all the text would push what the gateway works on out of the processor's cache.
+        keys = [self._key(model, text[start:stop]) for start, stop in whole]
+        for (start, stop), key, ids in zip(whole, keys, self._cache.get_many(keys), strict=True):
+            yield self._chunk(model, text[start:stop], key) if ids is None else ids
+        yield self._chunk(model, text[last:end], None)
 
-    def _chunk(self, model: PromptModel, text: bytes, key: bytes | None) -> _Chunk:
-        pieces = [(self._digest(piece, model.vocabulary.label), piece) for piece in model.cut(text)]
+    def _chunk(self, model: PromptModel, text: str, key: bytes | None) -> _Chunk:
+        pieces = [(self._key(model, piece), piece) for piece in model.cut(text)]
         return _Chunk(key, pieces, self._cache.get_many([known for known, _ in pieces]))
+
+    def _key(self, model: PromptModel, text: str) -> bytes:
+        return self._digest(text.encode(), model.vocabulary.label)
 
 
 def joined_ids(parts: Sequence[Ids]) -> Ids:

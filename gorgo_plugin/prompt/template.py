@@ -179,10 +179,10 @@ def left_open(text: str, conversation: Conversation, mark: Mark) -> str:
 
 def chatml(conversation: Conversation, mark: Mark) -> str:
     """Render ChatML, with tools and tool calls the way the Hermes and Qwen templates write them."""
-    turns: list[str] = []
+    turns: list[str] = []  # joined once: the text may be long
     if conversation.tools:
         tools = "\n".join(stable_json(tool) for tool in conversation.tools)
-        turns.append(f"<|im_start|>system\n# Tools\n{tools}<|im_end|>\n")
+        turns += ("<|im_start|>system\n# Tools\n", tools, "<|im_end|>\n")
     for message in conversation.messages:
         content = message.content
         text = content if isinstance(content, str) else flat(content, mark)
@@ -190,7 +190,7 @@ def chatml(conversation: Conversation, mark: Mark) -> str:
             text += "".join(
                 f"\n<tool_call>\n{stable_json(call['function'])}\n</tool_call>" for call in message.extras["tool_calls"]
             )
-        turns.append(f"<|im_start|>{message.role}\n{text}<|im_end|>\n")
+        turns += ("<|im_start|>", message.role, "\n", text, "<|im_end|>\n")
     if conversation.add_generation_prompt:
         turns.append("<|im_start|>assistant\n")
     return left_open("".join(turns), conversation, mark)

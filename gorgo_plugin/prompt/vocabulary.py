@@ -14,24 +14,20 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
+from gorgo_plugin.prompt.cuts import cut_text
 from gorgo_plugin.prompt.words import Words
 
 Ids = NDArray[np.uint32]
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 
-PIECE_BYTES = 256  # shorter pieces cost more to look up than to tokenize, and could fill the cache with next to nothing
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
 SMALL_CHARS = 8 * 1024  # fewer are tokenized in this thread: waking the tokenizer's pool takes 0.4 ms of CPU
-CHUNK_BYTES = 8192  # a known prompt of 20,000 tokens takes a dozen look-ups then, and the rest of one some more
-LONG_BYTES = 2048  # about 500 tokens, 1 ms: what a prompt that grew has to tokenize again
-_SPACE = re.compile(rb"[!-~] [A-Za-z]")
 _SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
 _VISIBLE = string.ascii_letters + string.digits + string.punctuation
 
@@ -145,8 +141,7 @@ class Vocabulary:
             probes += [left + cut + right for left in _NEIGHBOURS for right in _NEIGHBOURS]
             probes += [f"a {token}{cut}{token} b" for token in ordinary]
             probes += [f"{cut}a{other}b{cut}{other}{cut} c\n" for other in cuts]
-        encoded = [cut.encode() for cut in cuts]
-        return self._pieces_match([cut_text(probe.encode(), encoded, piece_bytes=1) for probe in probes])
+        return self._pieces_match([cut_text(probe, cuts, piece_chars=1) for probe in probes])
 
     @cached_property
     def cuts_spaces(self) -> bool:
@@ -165,76 +160,16 @@ class Vocabulary:
             "A's",
         ]
         rights = ["a", "I", "Hello", "s", "re the", "x1", "Zß", "a\u0301", "b'c", "e\n\nf", "to_s", "A."]
-        probes = [[left.encode(), f" {right}".encode()] for left in lefts for right in rights]
+        probes = [[left, f" {right}"] for left in lefts for right in rights]
         return not across and self._pieces_match(probes)
 
-    def _pieces_match(self, probes: Sequence[Sequence[bytes]]) -> bool:
-        wholes = self._encode_batches([b"".join(pieces).decode() for pieces in probes])
-        parts = iter(self._encode_batches([piece.decode() for pieces in probes for piece in pieces]))
+    def _pieces_match(self, probes: Sequence[Sequence[str]]) -> bool:
+        wholes = self._encode_batches(["".join(pieces) for pieces in probes])
+        parts = iter(self._encode_batches([piece for pieces in probes for piece in pieces]))
         return all(
             np.array_equal(whole, np.concatenate([next(parts) for _ in pieces]) if pieces else whole)
             for whole, pieces in zip(wholes, probes, strict=True)
         )
-
-
-def cut_text(text: bytes, cuts: Sequence[bytes], spaces: bool = False, piece_bytes: int = PIECE_BYTES) -> list[bytes]:
-    """Cut UTF-8 text in front of `cuts`, into pieces of at least `piece_bytes` (the last may be shorter).
-
-    With `spaces`, pieces longer than `LONG_BYTES` are also cut between words, so that text without special tokens is
-    remembered up to where it grew. Every cut depends on what stands before it alone: growing moves none.
-    """
-    pieces: list[bytes] = []
-    start = 0
-    for at in [*_places(text, cuts), len(text)]:
-        if at - start >= piece_bytes or start < at == len(text):
-            piece = text[start:at]
-            pieces += _cut_words(piece, LONG_BYTES) if spaces else (piece,)
-            start = at
-    return pieces
-
-
-def chunk_text(text: bytes, cuts: Sequence[bytes], spaces: bool = False) -> list[bytes]:
-    """Cut UTF-8 text in front of `cuts`, into chunks of at least `CHUNK_BYTES` (the last may be shorter).
-
-    A message longer than that begins a chunk, and is with `spaces` cut between words, so that a long document is cut
-    the same whatever stands before it.
-    """
-    chunks: list[bytes] = []
-    start = 0
-    for at, end in pairwise([0, *_places(text, cuts), len(text)]):
-        long = end - at > CHUNK_BYTES
-        if at > start and (long or at - start >= CHUNK_BYTES):
-            chunks.append(text[start:at])
-            start = at
-        if long and spaces:
-            *whole, last = _cut_words(text[at:end], CHUNK_BYTES)
-            chunks += whole
-            start = end - len(last)
-    if start < len(text):
-        chunks.append(text[start:])
-    return chunks
-
-
-def _places(text: bytes, cuts: Sequence[bytes]) -> list[int]:
-    return sorted(place for cut in cuts for place in occurrences(text, cut))
-
-
-def _cut_words(text: bytes, long_bytes: int) -> list[bytes]:
-    starts = [0]
-    while len(text) - starts[-1] > long_bytes and (space := _SPACE.search(text, starts[-1] + long_bytes)):
-        starts.append(space.start() + 1)
-    return [text[start:end] for start, end in pairwise([*starts, len(text)])]
-
-
-def occurrences(text: bytes, token: bytes) -> list[int]:
-    """Where `token` begins in `text`, without overlaps."""
-    found: list[int] = []
-    step = len(token)
-    at = text.find(token)
-    while at >= 0:
-        found.append(at)
-        at = text.find(token, at + step)
-    return found
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

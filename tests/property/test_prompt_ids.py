@@ -13,9 +13,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from gorgo_plugin import Settings
-from gorgo_plugin.prompt import PromptBuilder, vocabulary
+from gorgo_plugin.prompt import PromptBuilder, cuts
+from gorgo_plugin.prompt.cuts import chunk_spans, cut_text
 from gorgo_plugin.prompt.sources import embedded_tokenizer
-from gorgo_plugin.prompt.vocabulary import Vocabulary, cut_text
+from gorgo_plugin.prompt.vocabulary import Vocabulary
 from tests import prompt_tokenizers as small
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -104,10 +105,8 @@ def test_raw_text_gives_the_ids_of_the_whole(name: str, text: str) -> None:
 def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
     builder, tokenizer, _ = style(name)
     described = builder.describe("")
-    cuts = [cut.encode() for cut in described["cut_tokens"]]
-    with patch.object(vocabulary, "LONG_BYTES", 1):
-        cut = cut_text(text.encode(), cuts, spaces=described["cut_spaces"], piece_bytes=1)
-    pieces = [piece.decode() for piece in cut]
+    with patch.object(cuts, "LONG_CHARS", 1):
+        pieces = cut_text(text, described["cut_tokens"], spaces=described["cut_spaces"], piece_chars=1)
     joined = [token for ids in Vocabulary(tokenizer, name).encode(pieces) for token in ids.tolist()]
     assert joined == tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -115,11 +114,23 @@ def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
 @settings(max_examples=100)
 @given(text=TEXTS | LONG_TEXTS, more=TEXTS | LONG_TEXTS, spaces=st.booleans())
 def test_growing_moves_no_cut_but_the_last(text: str, more: str, spaces: bool) -> None:
-    cuts = [b"<|im_start|>", b"</s>"]
-    before = cut_text(text.encode(), cuts, spaces=spaces)
-    after = cut_text((text + more).encode(), cuts, spaces=spaces)
-    assert b"".join(before) == text.encode()
-    assert b"".join(after) == (text + more).encode()
+    tokens = ["<|im_start|>", "</s>"]
+    before = cut_text(text, tokens, spaces=spaces)
+    after = cut_text(text + more, tokens, spaces=spaces)
+    assert "".join(before) == text
+    assert "".join(after) == text + more
+    assert after[: len(before[:-1])] == before[:-1]
+
+
+@settings(max_examples=200)
+@given(text=TEXTS | LONG_TEXTS, more=TEXTS | LONG_TEXTS, spaces=st.booleans())
+def test_growing_moves_no_chunk_but_those_of_the_last_message(text: str, more: str, spaces: bool) -> None:
+    tokens = ["<|im_start|>", "</s>"]
+    with patch.object(cuts, "CHUNK_CHARS", 40):
+        before = chunk_spans(text + "</s>", tokens, spaces=spaces)
+        after = chunk_spans(text + "</s>" + more, tokens, spaces=spaces)
+    assert [start for start, _ in before] == [0, *(end for _, end in before[:-1])]
+    assert before[-1][1] == len(text) + 4
     assert after[: len(before[:-1])] == before[:-1]
 
 

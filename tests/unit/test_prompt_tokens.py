@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from gorgo_plugin import Settings
 from gorgo_plugin.prompt import PromptBuilder
-from gorgo_plugin.prompt.vocabulary import PIECE_BYTES
+from gorgo_plugin.prompt.cuts import PIECE_CHARS
 from tests import prompt_tokenizers as small
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -121,7 +121,7 @@ def test_only_the_new_turn_of_a_chat_is_left_to_tokenize(tmp_path: Path) -> None
     assert again.cold_chars == 0
     new = [{"role": "assistant", "content": "Answer."}, {"role": "user", "content": "Next?"}]
     grown = builder.plan({"messages": conversation(9) + new}, CHAT)
-    assert 0 < grown.cold_chars < 160 + PIECE_BYTES  # the two turns with their headers, and a piece that was too short
+    assert 0 < grown.cold_chars < 160 + PIECE_CHARS  # the two turns with their headers, and a piece that was too short
 
 
 def test_turns_of_an_agent_are_cut_where_calls_and_results_meet(tmp_path: Path) -> None:
