@@ -22,7 +22,7 @@ from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, rea
 from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 from gorgo_plugin.settings import ModelSettings, Settings
 
-KEY_BYTES = 16  # two of 2**64 texts would share a key by chance
+DIGEST_BYTES = 16  # two of 2**64 media or salts would share a digest by chance
 PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary reaches so far
 # All the media of one prompt together; a tiny part of a body could else stand for any number of tokens.
 PSEUDO_TOKENS_MAX = 1_000_000
@@ -54,7 +54,7 @@ class PromptBuilder:
     def __init__(self, settings: Settings, *, secret: bytes, now: Callable[[], datetime] = datetime.now) -> None:
         """Load every tokenizer and template the settings name.
 
-        `secret` keys the hashes under which tokenized text is remembered; `now` serves templates that print the date.
+        `secret` keys the digests of media and salts; `now` serves templates that print the date.
 
         Raises:
             SettingsError: one of them cannot be read; names the setting.
@@ -62,7 +62,7 @@ class PromptBuilder:
         self._secret = sha256(secret).digest()
         self._image_tokens = settings.prepare.image_tokens
         self._cache = SegmentCache(settings.prepare.cache_bytes)
-        self._recall = Recall(self._cache, self._digest)
+        self._recall = Recall(self._cache)
         self._now = now
         loaded: dict[str | None, tuple[Vocabulary, TokenizerSource]] = {}
         self._default = self._load("", settings.model_settings(""), ModelSettings(), loaded)
@@ -170,10 +170,10 @@ class PromptBuilder:
         return stretches, exact
 
     def _digest(self, data: bytes, kind: bytes) -> bytes:
-        # SHA-256, because processors compute it: half the time of BLAKE2 on a long prompt.
+        # SHA-256, because processors compute it: half the time of BLAKE2 on a large image.
         hashed = sha256(self._secret + kind + b"\0")
         hashed.update(data)
-        return hashed.digest()[:KEY_BYTES]
+        return hashed.digest()[:DIGEST_BYTES]
 
     def describe(self, model: str | None = None) -> dict[str, Any]:
         """What prepares a model's prompts; without a model: every configured one ("" is the default) and the cache."""

@@ -6,13 +6,13 @@ message, so that what follows the last whole chunk, or differs in one, is not to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
-from gorgo_plugin.prompt.cache import SegmentCache
+from gorgo_plugin.prompt.cache import Key, SegmentCache
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 
@@ -31,15 +31,15 @@ class _Chunk:
         ids: of each piece, None where unknown.
     """
 
-    key: bytes | None
-    pieces: list[tuple[bytes, str]]
+    key: Key | None
+    pieces: list[tuple[Key, str]]
     ids: list[Ids | None]
 
-    def filled(self, fresh: Mapping[bytes, Ids]) -> list[Ids]:
+    def filled(self, fresh: Mapping[Key, Ids]) -> list[Ids]:
         """The ids of each piece, those of unknown ones out of `fresh`."""
         return [fresh[key] if ids is None else ids for (key, _), ids in zip(self.pieces, self.ids, strict=True)]
 
-    def cold(self) -> Iterator[tuple[bytes, str]]:
+    def cold(self) -> Iterator[tuple[Key, str]]:
         """(key, text) of the pieces to be tokenized."""
         return ((key, text) for (key, text), ids in zip(self.pieces, self.ids, strict=True) if ids is None)
 
@@ -79,12 +79,10 @@ class Recalled:
 
 
 class Recall:
-    """Looks text up in a cache, under keyed hashes."""
+    """Looks text up in a cache."""
 
-    def __init__(self, cache: SegmentCache, digest: Callable[[bytes, bytes], bytes]) -> None:
-        """`digest` takes (UTF-8 text, label of what it is the text of)."""
+    def __init__(self, cache: SegmentCache) -> None:
         self._cache = cache
-        self._digest = digest
 
     def look_up(self, model: PromptModel, stretches: Sequence[Stretch]) -> Recalled:
         """What is known of a prompt made of these stretches, none of which merges with its neighbours."""
@@ -96,17 +94,18 @@ class Recall:
     def _chunks(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:
         *whole, (last, end) = model.chunks(text)
         # One slice at a time: a copy of all the text would push what the gateway works on out of the processor's cache.
-        keys = [self._key(model, text[start:stop]) for start, stop in whole]
+        keys = [_key(model, text[start:stop]) for start, stop in whole]
         for (start, stop), key, ids in zip(whole, keys, self._cache.get_many(keys), strict=True):
             yield self._chunk(model, text[start:stop], key) if ids is None else ids
         yield self._chunk(model, text[last:end], None)
 
-    def _chunk(self, model: PromptModel, text: str, key: bytes | None) -> _Chunk:
-        pieces = [(self._key(model, piece), piece) for piece in model.cut(text)]
+    def _chunk(self, model: PromptModel, text: str, key: Key | None) -> _Chunk:
+        pieces = [(_key(model, piece), piece) for piece in model.cut(text)]
         return _Chunk(key, pieces, self._cache.get_many([known for known, _ in pieces]))
 
-    def _key(self, model: PromptModel, text: str) -> bytes:
-        return self._digest(text.encode(), model.vocabulary.label)
+
+def _key(model: PromptModel, text: str) -> Key:
+    return model.vocabulary.number, len(text), hash(text)
 
 
 def joined_ids(parts: Sequence[Ids]) -> Ids:

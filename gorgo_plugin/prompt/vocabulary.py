@@ -71,7 +71,7 @@ class Vocabulary:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.source = source
-        self.label = b"text %d" % number
+        self.number = number
 
     @property
     def size(self) -> int:
