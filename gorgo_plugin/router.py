@@ -49,7 +49,7 @@ class Router:
         clock: () -> seconds, monotonic.
         state: a `snapshot()` of another router, whose round trips, rates and token scales are taken over.
         rng: breaks near-ties; seeded with `settings.seed` when not given.
-        secret: keys the hashes of blocks, media and salts. Derived from the seed when not given: a gateway passes its own.
+        secret: keys hashes of blocks, media and salts. Derived from the seed when not given: a gateway passes its own.
 
     Raises:
         SettingsError: a tokenizer or chat template of the settings cannot be read.

@@ -210,12 +210,16 @@ def _config(row: Row, urls: dict[str, str], watched: bool) -> dict[str, Any]:
 
 
 async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None]) -> list[Overhead]:
-    """CPU per request and throughput of both proxies, in turn, `rounds` times for each load."""
+    """CPU per request and throughput of both proxies, in turn, `rounds` times for each load.
+
+    Each round starts both anew: two processes that do the same differ by some percent for as long as they live, by how
+    their memory happens to lie.
+    """
     talks = Conversations()
     readings: dict[tuple[str, str], list[Reading]] = {}
-    async with _both(folder) as proxies:
-        await measure(proxies, Load(4, 5), talks)  # imports, connections and the first cold prompt
-        for number in range(rounds):
+    for number in range(rounds):
+        async with _both(folder) as proxies:
+            await measure(proxies, Load(4, 5), talks)  # imports, connections and the first cold prompt
             for name, load in LOADS.items():
                 for row, reading in (await measure(proxies, load, talks)).items():
                     readings.setdefault((name, row), []).append(reading)

@@ -18,8 +18,9 @@ from gorgo_plugin.fleet.processes import Child, ProcessError, free_port, running
 
 MODEL = "m"
 API_KEY = "sk-demo"  # guards nothing: the proxy listens on the loopback for as long as the demo runs
-# No look-ups on the internet, and no noise in the log.
+# No look-ups on the internet, no noise in the log, and a stack in it should the interpreter crash.
 _ENVIRONMENT = {
+    "PYTHONFAULTHANDLER": "1",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_TELEMETRY": "False",
     "LITELLM_LOG": "ERROR",
