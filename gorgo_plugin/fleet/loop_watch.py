@@ -1,19 +1,20 @@
 """A LiteLLM callback for benchmarks: how late the proxy's event loop runs, and how long the plugin holds it.
 
-Named in `litellm_settings.callbacks` and given a file in GORGO_LOOP_WATCH, it appends lines `lag|hold SECONDS MS`:
+Named in `litellm_settings.callbacks` and given a file in GORGO_LOOP_WATCH, it appends lines `lag|hold|work SECONDS MS`:
 SECONDS is the system's monotonic clock. A lag is how much later than due the loop woke; a hold is one uninterrupted
-stretch of the plugin's own code on the loop, whatever preempted it included.
+stretch of the plugin's own code on the loop, whatever preempted it included, and work is the CPU time of that stretch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ _lines: list[str] = []
 
 def _note(kind: str, ms: float) -> None:
     _lines.append(f"{kind} {time.monotonic():.3f} {ms:.3f}\n")
+
+
+@contextlib.contextmanager
+def _stretch() -> Iterator[None]:
+    """Note one stretch of the plugin's code."""
+    began_s, worked_s = time.perf_counter(), time.thread_time()
+    try:
+        yield
+    finally:
+        held_ms = (time.perf_counter() - began_s) * 1e3
+        if held_ms >= MIN_HOLD_MS:
+            _note("hold", held_ms)
+            _note("work", (time.thread_time() - worked_s) * 1e3)
 
 
 async def _watch(path: Path) -> None:
@@ -60,15 +74,11 @@ class _Stepped:
     def __await__(self) -> Generator[Any, Any, Any]:
         send: Callable[[], Any] = functools.partial(next, self._steps)
         while True:
-            began_s = time.perf_counter()
             try:
-                waited_for = send()
+                with _stretch():
+                    waited_for = send()
             except StopIteration as end:
                 return end.value
-            finally:
-                held_ms = (time.perf_counter() - began_s) * 1e3
-                if held_ms >= MIN_HOLD_MS:
-                    _note("hold", held_ms)
             try:
                 value = yield waited_for
                 send = functools.partial(self._steps.send, value)
@@ -83,13 +93,8 @@ def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        began_s = time.perf_counter()
-        try:
+        with _stretch():
             return function(*args, **kwargs)
-        finally:
-            held_ms = (time.perf_counter() - began_s) * 1e3
-            if held_ms >= MIN_HOLD_MS:
-                _note("hold", held_ms)
 
     return stepped if inspect.iscoroutinefunction(function) else called
 
