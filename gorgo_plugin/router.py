@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from cachetools import LRUCache, TTLCache
-from numpy.typing import NDArray
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
@@ -390,13 +389,9 @@ class Router:
             rng=rng,
         )
 
-    def _tiers(self, slots: SlotArray, tried: set[int], now: float) -> NDArray[np.intp]:
-        tiers = np.zeros(len(slots), dtype=np.intp)
+    def _tiers(self, slots: SlotArray, tried: set[int], now: float) -> list[int]:
         unhealthy = self._health.unavailable(now)
-        if tried or unhealthy:
-            for row, slot in enumerate(slots.tolist()):
-                tiers[row] = TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy)
-        return tiers
+        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in slots.tolist()]
 
     def _open(
         self,

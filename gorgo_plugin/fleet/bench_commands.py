@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from gorgo_plugin.fleet.statistics import Ratio
 
 
 @click.group()
@@ -36,18 +40,18 @@ def bench_litellm(rounds: int, out: Path) -> None:
     with console.status("starting") as status:
         overheads = asyncio.run(bench_overhead(out, rounds, status.update))
         loops = asyncio.run(bench_loop(out, rounds, status.update))
-    costs = Table(
-        title=f"gorgo over simple-shuffle on the same LiteLLM, medians of {rounds} interleaved rounds (range)"
-    )
-    for heading in ("load", "CPU ratio", "CPU ms gorgo / shuffle", "throughput ratio", "p50 ms gorgo / shuffle"):
+    costs = Table(title=f"gorgo over simple-shuffle on the same LiteLLM, {rounds} interleaved rounds")
+    for heading in ("load", "CPU", "in total", "throughput", "in total", "CPU ms a request", "p50 ms"):
         costs.add_column(heading, justify="left" if heading == "load" else "right")
     for row in overheads:
         costs.add_row(
             row.load,
-            f"{row.cpu_ratio:.3f} ({row.cpu_ratio_range[0]:.3f}-{row.cpu_ratio_range[1]:.3f})",
-            f"{row.ours.cpu_ms_per_request:.2f} / {row.theirs.cpu_ms_per_request:.2f}",
-            f"{row.throughput_ratio:.3f} ({row.throughput_ratio_range[0]:.3f}-{row.throughput_ratio_range[1]:.3f})",
-            f"{row.ours.p50_ms:.1f} / {row.theirs.p50_ms:.1f}",
+            _interval(row.cpu_ratio),
+            f"{row.cpu_ratio_total:.3f}",
+            _interval(row.throughput_ratio),
+            f"{row.throughput_ratio_total:.3f}",
+            "{:.1f} / {:.1f}".format(*row.cpu_ms),
+            "{:.1f} / {:.1f}".format(*row.p50_ms),
         )
     lags = Table(title="Event loop under 16 clients (ms)")
     for heading in ("proxy", "lag p50", "p99", "p99.9", "max", "own hold p99.9", "max", "its CPU p99.9", "max"):
@@ -59,3 +63,7 @@ def bench_litellm(rounds: int, out: Path) -> None:
     figures = {"machine": machine(), "overhead": list(map(asdict, overheads)), "loop": list(map(asdict, loops))}
     (out / "bench-litellm.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
     console.print(f"Figures: {out / 'bench-litellm.json'}")
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

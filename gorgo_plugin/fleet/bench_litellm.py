@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import itertools
 import os
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from gorgo_plugin.fleet.instant import instant_upstreams
 from gorgo_plugin.fleet.loadgen import Shot, Target, replay
 from gorgo_plugin.fleet.passages import Passage
 from gorgo_plugin.fleet.processes import Child, ProcessError
+from gorgo_plugin.fleet.statistics import Ratio, median_ratio
 
 LOOP_WATCH_FILE = "GORGO_LOOP_WATCH"  # environment variable: where `loop_watch` writes
 OURS, THEIRS = ROWS["gorgo"], ROWS["simple-shuffle"]
@@ -37,46 +37,55 @@ KV_TOKENS = 10_000_000  # instant upstreams have no cache to overflow
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How one figure is measured: clients in a closed loop, turns each, after one turn that is not counted.
+    """How one figure is measured: clients in a closed loop, in slices of so many turns each.
 
-    The proxies take turns every `slice_turns`, so that a slow second of the machine or a long garbage collection falls
-    on neither alone.
+    The proxies are measured slice by slice in turn, so that a slow second of the machine falls on neither alone. One
+    turn before the first slice is not counted.
     """
 
     clients: int
-    turns: int
-    slice_turns: int = 1
+    slices: int
+    slice_turns: int
     cold: bool = False  # every request a prompt never seen before
 
 
+WARM_UP = Load(4, 5, 1)
 LOADS = {
-    "1 client": Load(1, 100),
-    "16 clients": Load(16, 12, slice_turns=3),
-    "1 client, every prompt new": Load(1, 15, cold=True),
+    "1 client": Load(1, 10, 10),
+    "16 clients": Load(16, 5, 3),
+    "1 client, every prompt new": Load(1, 3, 5, cold=True),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """One proxy under one load."""
+class Slice:
+    """What a proxy did in one slice."""
 
-    cpu_ms_per_request: float
-    requests_per_s: float
-    p50_ms: float
-    p99_ms: float
+    cpu_s: float
+    wall_s: float
+    times_ms: tuple[float, ...]  # of each request, to the end of its answer
 
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """gorgo over simple-shuffle under one load: medians over the rounds of the ratio within a round, and its range."""
+    """gorgo over simple-shuffle under one load.
+
+    A full garbage collection of LiteLLM's takes half a second, once in some hundred requests. The medians, over pairs
+    of slices, show a request without one; the totals, over all rounds, hold their share of them.
+
+    Attributes:
+        cpu_ratio, throughput_ratio: medians, with the 95% interval of a bootstrap over the pairs.
+        cpu_ratio_total, throughput_ratio_total: of the sums.
+        cpu_ms, p50_ms: (gorgo, simple-shuffle): per request over all rounds; median time of a request.
+    """
 
     load: str
-    cpu_ratio: float
-    cpu_ratio_range: tuple[float, float]
-    throughput_ratio: float
-    throughput_ratio_range: tuple[float, float]
-    ours: Reading
-    theirs: Reading
+    cpu_ratio: Ratio
+    cpu_ratio_total: float
+    throughput_ratio: Ratio
+    throughput_ratio_total: float
+    cpu_ms: tuple[float, float]
+    p50_ms: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +133,6 @@ class Run:
         self._load = load
         self._talks = talks
         self._bodies = [talks.begin() for _ in range(load.clients)]
-        self._cpu_s = self._wall_s = 0.0
-        self._times_ms: list[float] = []
 
     async def warm_up(self) -> None:
         """One turn of each client, not counted.
@@ -135,32 +142,26 @@ class Run:
         """
         await asyncio.gather(*(_turn(self._target, next(body)) for body in self._bodies))
 
-    async def advance(self, turns: int) -> None:
-        """So many turns of each client.
+    async def slice(self) -> Slice:
+        """One slice of the load.
 
         Raises:
             ProcessError: a request was not answered.
         """
         cpu_s, began_s = _cpu_s(self._process), time.monotonic()
-        times = await asyncio.gather(*(self._client(body, turns) for body in self._bodies))
-        self._wall_s += time.monotonic() - began_s
-        self._cpu_s += _cpu_s(self._process) - cpu_s
-        self._times_ms += itertools.chain(*times)
+        times = await asyncio.gather(*map(self._client, self._bodies))
+        wall_s = time.monotonic() - began_s
+        return Slice(_cpu_s(self._process) - cpu_s, wall_s, tuple(itertools.chain(*times)))
 
-    async def _client(self, body: Iterator[bytes], turns: int) -> list[float]:
-        return [await _turn(self._target, next(self._talks.begin() if self._load.cold else body)) for _ in range(turns)]
-
-    def reading(self) -> Reading:
-        """What was measured."""
-        requests = len(self._times_ms)
-        p50, p99 = np.percentile(self._times_ms, (50, 99)).tolist()
-        return Reading(self._cpu_s * 1e3 / requests, requests / self._wall_s, p50, p99)
+    async def _client(self, body: Iterator[bytes]) -> list[float]:
+        turns, cold = self._load.slice_turns, self._load.cold
+        return [await _turn(self._target, next(self._talks.begin() if cold else body)) for _ in range(turns)]
 
 
 Proxies = dict[str, tuple[Target, Child]]
 
 
-async def measure(proxies: Proxies, load: Load, talks: Conversations) -> dict[str, Reading]:
+async def measure(proxies: Proxies, load: Load, talks: Conversations) -> dict[str, list[Slice]]:
     """Run a load against each proxy, in turn.
 
     Raises:
@@ -169,10 +170,11 @@ async def measure(proxies: Proxies, load: Load, talks: Conversations) -> dict[st
     runs = {row: Run(*proxy, load, talks) for row, proxy in proxies.items()}
     for run in runs.values():
         await run.warm_up()
-    for number in range(load.turns // load.slice_turns):
-        for run in runs.values() if number % 2 == 0 else reversed(runs.values()):
-            await run.advance(load.slice_turns)
-    return {row: run.reading() for row, run in runs.items()}
+    slices: dict[str, list[Slice]] = {row: [] for row in runs}
+    for number in range(load.slices):
+        for row in runs if number % 2 == 0 else reversed(runs):
+            slices[row].append(await runs[row].slice())
+    return slices
 
 
 async def _turn(target: Target, body: bytes) -> float:
@@ -221,34 +223,32 @@ async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None])
     their memory happens to lie.
     """
     talks = Conversations()
-    readings: dict[tuple[str, str], list[Reading]] = {}
+    slices: dict[tuple[str, str], list[Slice]] = {}
     for number in range(rounds):
         async with _both(folder) as proxies:
-            await measure(proxies, Load(4, 5), talks)  # imports, connections and the first cold prompt
+            await measure(proxies, WARM_UP, talks)  # imports, connections and the first cold prompt
             for name, load in LOADS.items():
-                for row, reading in (await measure(proxies, load, talks)).items():
-                    readings.setdefault((name, row), []).append(reading)
+                for row, measured in (await measure(proxies, load, talks)).items():
+                    slices.setdefault((name, row), []).extend(measured)
                 done(f"round {number + 1} of {rounds}: {name}")
-    return [_overhead(name, readings[name, OURS.name], readings[name, THEIRS.name]) for name in LOADS]
+    return [overhead(name, slices[name, OURS.name], slices[name, THEIRS.name]) for name in LOADS]
 
 
-def _overhead(load: str, ours: Sequence[Reading], theirs: Sequence[Reading]) -> Overhead:
-    cpu = [own.cpu_ms_per_request / other.cpu_ms_per_request for own, other in zip(ours, theirs, strict=True)]
-    throughput = [own.requests_per_s / other.requests_per_s for own, other in zip(ours, theirs, strict=True)]
+def overhead(load: str, ours: Sequence[Slice], theirs: Sequence[Slice]) -> Overhead:
+    """Compare slices that were measured in pairs and hold as many requests each."""
+    both = (ours, theirs)
+    cpu = [np.array([one.cpu_s for one in slices]) for slices in both]
+    wall = [np.array([one.wall_s for one in slices]) for slices in both]
+    times = [list(itertools.chain(*(one.times_ms for one in slices))) for slices in both]
     return Overhead(
         load,
-        statistics.median(cpu),
-        (min(cpu), max(cpu)),
-        statistics.median(throughput),
-        (min(throughput), max(throughput)),
-        _median(ours),
-        _median(theirs),
+        median_ratio(cpu[0] / cpu[1]),
+        float(cpu[0].sum() / cpu[1].sum()),
+        median_ratio(wall[1] / wall[0]),
+        float(wall[1].sum() / wall[0].sum()),
+        (float(cpu[0].sum() * 1e3 / len(times[0])), float(cpu[1].sum() * 1e3 / len(times[1]))),
+        (float(np.median(times[0])), float(np.median(times[1]))),
     )
-
-
-def _median(readings: Sequence[Reading]) -> Reading:
-    columns = zip(*(asdict(reading).values() for reading in readings), strict=True)
-    return Reading(*(statistics.median(column) for column in columns))
 
 
 async def bench_loop(folder: Path, rounds: int, done: Callable[[str], None]) -> list[LoopFigures]:
@@ -256,12 +256,14 @@ async def bench_loop(folder: Path, rounds: int, done: Callable[[str], None]) -> 
     talks = Conversations()
     spans: dict[str, list[tuple[float, float]]] = {THEIRS.name: [], OURS.name: []}
     async with _both(folder, watched=True) as proxies:
-        await measure(proxies, Load(4, 5), talks)
+        await measure(proxies, WARM_UP, talks)
         for number in range(rounds):
             for row, proxy in proxies.items():
                 began_s = time.monotonic()
                 only = {row: proxy}
-                await asyncio.gather(measure(only, Load(15, 6), talks), measure(only, Load(1, 6, cold=True), talks))
+                await asyncio.gather(
+                    measure(only, Load(15, 6, 1), talks), measure(only, Load(1, 6, 1, cold=True), talks)
+                )
                 spans[row].append((began_s, time.monotonic()))
             done(f"event loop: round {number + 1} of {rounds}")
         await asyncio.sleep(1.5)  # the watchers write twice a second

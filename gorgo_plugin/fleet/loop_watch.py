@@ -3,6 +3,7 @@
 Named in `litellm_settings.callbacks` and given a file in GORGO_LOOP_WATCH, it appends lines `lag|hold|work SECONDS MS`:
 SECONDS is the system's monotonic clock. A lag is how much later than due the loop woke; a hold is one uninterrupted
 stretch of the plugin's own code on the loop, whatever preempted it included, and work is the CPU time of that stretch.
+Garbage collections that happen to begin in a stretch are left out: LiteLLM's heap is what they go through.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -33,17 +35,37 @@ def _note(kind: str, ms: float) -> None:
     _lines.append(f"{kind} {time.monotonic():.3f} {ms:.3f}\n")
 
 
+class _Collections:
+    """Seconds that garbage collections have taken in this process."""
+
+    def __init__(self) -> None:
+        self.wall_s = self.cpu_s = 0.0
+        self._began = 0.0, 0.0
+        gc.callbacks.append(self._note)
+
+    def _note(self, phase: str, _: dict[str, int]) -> None:
+        now = time.perf_counter(), time.thread_time()
+        if phase == "start":
+            self._began = now
+        else:
+            self.wall_s += now[0] - self._began[0]
+            self.cpu_s += now[1] - self._began[1]
+
+
+_collections = _Collections()
+
+
 @contextlib.contextmanager
 def _stretch() -> Iterator[None]:
     """Note one stretch of the plugin's code."""
-    began_s, worked_s = time.perf_counter(), time.thread_time()
+    began_s, worked_s = time.perf_counter() - _collections.wall_s, time.thread_time() - _collections.cpu_s
     try:
         yield
     finally:
-        held_ms = (time.perf_counter() - began_s) * 1e3
+        held_ms = (time.perf_counter() - _collections.wall_s - began_s) * 1e3
         if held_ms >= MIN_HOLD_MS:
             _note("hold", held_ms)
-            _note("work", (time.thread_time() - worked_s) * 1e3)
+            _note("work", (time.thread_time() - _collections.cpu_s - worked_s) * 1e3)
 
 
 async def _watch(path: Path) -> None:

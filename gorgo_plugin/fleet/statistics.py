@@ -95,3 +95,10 @@ def ttft_ratio(ours: Sequence[Outcome], theirs: Sequence[Outcome], percentile: f
     low, high = np.percentile(own / other, _INTERVAL)
     value = np.percentile(both[0], percentile) / np.percentile(both[1], percentile)
     return Ratio(float(value), float(low), float(high))
+
+
+def median_ratio(ratios: NDArray[np.float64], seed: int = 0) -> Ratio:
+    """The median of ratios measured pair by pair, shape (n,), with a bootstrap interval over the pairs."""
+    drawn = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[drawn], axis=1), _INTERVAL)
+    return Ratio(float(np.median(ratios)), float(low), float(high))

@@ -9,6 +9,8 @@ turn negative. A short prompt is little evidence of the slope, a long one little
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -72,24 +74,29 @@ class RateTable(Table):
             "samples": int(self._columns["samples"][slot]),
         }
 
-    def _fit(self, slot: int, window: deque[tuple[float, float]]) -> None:
-        tokens, times = np.array(window).T
+    def _fit(self, slot: int, window: Sequence[tuple[float, float]]) -> None:
+        # Plain Python: with so few samples the dozen array operations of a fit would take four times as long.
         prior, columns = self.prior, self._columns
+        known = float(columns["overhead_ms"][slot])
         slope = weighted_median(
-            np.append(np.maximum(times - columns["overhead_ms"][slot], 0.0) / tokens, prior.ms_per_token),
-            np.append(np.minimum(tokens, FULL_TOKENS), SLOPE_PRIOR_TOKENS),
+            [
+                (prior.ms_per_token, SLOPE_PRIOR_TOKENS),
+                *((max(ms - known, 0.0) / tokens, min(tokens, FULL_TOKENS)) for tokens, ms in window),
+            ]
         )
         columns["ms_per_token"][slot] = slope = max(slope, prior.ms_per_token * 1e-2)  # an engine is never free
         overhead = weighted_median(
-            np.append(times - slope * tokens, prior.overhead_ms),
-            np.append(SHORT_TOKENS / (SHORT_TOKENS + tokens), OVERHEAD_PRIOR_SAMPLES),
+            [
+                (prior.overhead_ms, OVERHEAD_PRIOR_SAMPLES),
+                *((ms - slope * tokens, SHORT_TOKENS / (SHORT_TOKENS + tokens)) for tokens, ms in window),
+            ]
         )
         # The fixed part of an answer cannot be longer than the fastest answer was.
-        columns["overhead_ms"][slot] = min(max(overhead, 0.0), float(times.min()))
+        columns["overhead_ms"][slot] = min(max(overhead, 0.0), min(ms for _, ms in window))
 
 
-def weighted_median(values: FloatArray, weights: FloatArray) -> float:
-    """The value at which half of the weight lies below. Arrays of shape (n,), n >= 1."""
-    order = np.argsort(values)
-    cumulated = np.cumsum(weights[order])
-    return float(values[order[np.searchsorted(cumulated, cumulated[-1] / 2)]])
+def weighted_median(weighted: Iterable[tuple[float, float]]) -> float:
+    """The value at which half of the weight lies below, of at least one (value, weight)."""
+    ordered = sorted(weighted)
+    cumulated = list(accumulate(weight for _, weight in ordered))
+    return next(value for (value, _), below in zip(ordered, cumulated, strict=True) if below >= cumulated[-1] / 2)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from gorgo_plugin.fleet.bench_litellm import Slice, overhead
 from gorgo_plugin.fleet.demo import DemoSettings, RowResult, Workload, load_workload
 from gorgo_plugin.fleet.gateway import ROWS, litellm_config
 from gorgo_plugin.fleet.loadgen import Outcome
@@ -159,3 +160,15 @@ def test_a_workload_of_a_trace_keeps_its_window(tmp_path: Path) -> None:
     assert workload.window is not None
     assert workload.window.reuse > 0.8
     assert workload.requests[-1].at_s == pytest.approx(3.9 * 2.0)
+
+
+def test_an_overhead_is_the_median_of_pairs_of_slices_and_the_ratio_of_sums() -> None:
+    ours = [Slice(cpu_s, 2.0, (10.0, 10.0)) for cpu_s in (1.1, 1.1, 1.1, 6.0)]  # one held a full garbage collection
+    theirs = [Slice(1.0, 1.0, (5.0, 5.0)) for _ in range(4)]
+    found = overhead("load", ours, theirs)
+    assert found.cpu_ratio.value == pytest.approx(1.1)
+    assert found.cpu_ratio.low <= 1.1 <= found.cpu_ratio.high
+    assert found.cpu_ratio_total == pytest.approx(9.3 / 4)
+    assert found.throughput_ratio.value == found.throughput_ratio_total == 0.5
+    assert found.cpu_ms == (pytest.approx(9300 / 8), pytest.approx(500.0))
+    assert found.p50_ms == (10.0, 5.0)

@@ -208,8 +208,8 @@ def test_rates_are_never_negative_or_zero() -> None:
 
 
 def test_the_weighted_median_is_where_half_of_the_weight_lies_below() -> None:
-    assert weighted_median(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 1.0])) == 2.0
-    assert weighted_median(np.array([3.0, 1.0, 2.0]), np.array([5.0, 1.0, 1.0])) == 3.0
+    assert weighted_median([(3.0, 1.0), (1.0, 1.0), (2.0, 1.0)]) == 2.0
+    assert weighted_median([(3.0, 5.0), (1.0, 1.0), (2.0, 1.0)]) == 3.0
 
 
 # Gauges
