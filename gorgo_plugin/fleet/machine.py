@@ -14,7 +14,7 @@ def machine() -> dict[str, Any]:
     """Processors, platform, and the versions that matter, as plain data."""
     return {
         "cpus": os.cpu_count(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in _PACKAGES},
     }

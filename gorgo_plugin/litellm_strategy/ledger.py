@@ -50,7 +50,7 @@ class Attempt:
         self.dispatched = False
         self.closed: str | None = None
         self._runtime = runtime
-        self._router = runtime.router  # a reload may replace it; the flight ends where it was opened
+        self._router = runtime.router
         self._model = prompt.model
         self._started_s = time.monotonic()
         self._began = False
