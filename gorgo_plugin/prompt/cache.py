@@ -1,7 +1,8 @@
 """Token ids of text seen before, bounded in bytes. No text is kept, only its hash.
 
-The hash is Python's own of strings: SipHash under a key that each process draws for itself. It needs no copy of the
-text and, unlike those of hashlib, does not hand the GIL to other threads in the middle of a request.
+The hash is Python's own of strings: SipHash under a key that each process draws for itself, unless PYTHONHASHSEED sets
+it. It needs no copy of the text and, unlike those of hashlib, does not hand the GIL to other threads in the middle of a
+request.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def cut_text(text: str, cuts: Sequence[str], spaces: bool = False, piece_chars: 
     """
     pieces: list[str] = []
     start = 0
-    for at in [*_places(text, cuts), len(text)]:
+    for at in (*_places(text, cuts), len(text)):
         if at - start >= piece_chars or start < at == len(text):
             between = _between_words(text, start, at, LONG_CHARS) if spaces else ()
             pieces += (text[begin:end] for begin, end in pairwise((start, *between, at)))
@@ -49,7 +49,7 @@ def chunk_spans(text: str, cuts: Sequence[str], spaces: bool = False) -> list[tu
 
 
 def _places(text: str, cuts: Sequence[str]) -> list[int]:
-    return sorted(place for cut in cuts for place in occurrences(text, cut))
+    return sorted(place for cut in cuts for place in _occurrences(text, cut))
 
 
 def _between_words(text: str, start: int, end: int, long_chars: int) -> list[int]:
@@ -61,7 +61,7 @@ def _between_words(text: str, start: int, end: int, long_chars: int) -> list[int
     return places
 
 
-def occurrences(text: str, token: str) -> list[int]:
+def _occurrences(text: str, token: str) -> list[int]:
     """Where `token` begins in `text`, without overlaps."""
     found: list[int] = []
     step = len(token)

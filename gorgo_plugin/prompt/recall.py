@@ -71,7 +71,7 @@ class Recalled:
                 ids.append(part)
                 continue
             pieces = part.filled(fresh)
-            if part.key is not None and part.ids[0] is not None:  # seen once only, it may never come again
+            if part.key is not None and part.ids[0] is not None:  # not at first sight: it may never come again
                 remembered.append((part.key, joined_ids(pieces)))
             ids += pieces
         self._cache.put_many(remembered)

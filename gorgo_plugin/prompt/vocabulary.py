@@ -63,7 +63,7 @@ _NEIGHBOURS = (
 
 
 class Vocabulary:
-    """A tokenizer without truncation and padding. Thread-safe; encoding releases the GIL."""
+    """A tokenizer without truncation and padding. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, source: str, number: int = 0) -> None:
         """`number` tells the vocabularies of one builder apart."""
