@@ -166,8 +166,9 @@ async def test_nothing_leaks_and_no_request_that_could_be_served_is_lost(tmp_pat
             f"after headers {seen.broken_after_headers}, lost {seen.lost}"
         )
         assert seen.lost == []
-        assert seen.broken_after_headers <= 2  # one replica died once
-        assert seen.complete + seen.left + seen.broken_mid_stream == CLIENTS * REQUESTS_EACH
+        assert seen.broken_after_headers <= CLIENTS // 10  # what one replica was prefilling when it died
+        ended = seen.complete + seen.left + seen.broken_mid_stream + seen.broken_after_headers
+        assert ended == CLIENTS * REQUESTS_EACH
         assert seen.complete > CLIENTS * REQUESTS_EACH / 2
         assert state["counters"]["forgotten_caches"] >= 1
         assert state["counters"]["swept_flights"] == 0
