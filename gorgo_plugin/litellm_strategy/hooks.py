@@ -12,7 +12,7 @@ from typing import Any
 from litellm.integrations.custom_logger import CustomLogger
 
 from gorgo_plugin.litellm_strategy.ledger import Request
-from gorgo_plugin.litellm_strategy.outcomes import failure_kind, has_content, usage_of
+from gorgo_plugin.litellm_strategy.outcomes import failure_kind, usage_of
 from gorgo_plugin.litellm_strategy.plugin import Plugin
 
 # Calls whose streamed usage is always the engine's own. Elsewhere LiteLLM counts by itself unless it asked for usage.
@@ -117,18 +117,10 @@ def _usage_is_the_engines(kwargs: Mapping[str, Any]) -> bool:
 
 
 async def _watched(request: Request, response: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    """Pass a stream on. The attempt is looked up at each event, because a stream that breaks may go on elsewhere."""
-    stream = aiter(response)
+    """Pass a stream on. The attempt is looked up at its end, because a stream that breaks may go on elsewhere."""
     last = None
     try:
-        async for last in stream:
-            if has_content(last):
-                if request.attempt is not None:
-                    request.attempt.first_token()
-                yield last
-                break
-            yield last
-        async for last in stream:  # the rest, with as little as possible for each piece
+        async for last in response:
             yield last
     except BaseException as error:
         request.give_up(error)

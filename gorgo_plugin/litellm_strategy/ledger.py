@@ -39,6 +39,7 @@ class Attempt:
         cost: what it was predicted to cost.
         opened_s: wall clock of the dispatch, which LiteLLM's events are stamped with.
         dispatched: LiteLLM did call the deployment; a limit or a cached answer can keep it from that.
+        streamed: the first token of its answer will be seen.
         closed: how it ended: `finished` or a kind of failure; None while it has not.
     """
 
@@ -47,6 +48,7 @@ class Attempt:
         self.flight_id, self.replica, self.region = decision.flight_id, decision.replica, decision.region
         self.cost: Cost = decision.costs[decision.replica]
         self.opened_s = time.time()
+        self.streamed = prompt.stream
         self.dispatched = False
         self.closed: str | None = None
         self._runtime = runtime
@@ -122,6 +124,7 @@ class Request:
         trace_id: LiteLLM's id of an SDK call over its retries; None where a logging object tells requests apart.
         call_id: LiteLLM's id of the current attempt, None before it is known.
         attempt: the current one, None when the choice was left to LiteLLM.
+        answering: its stream has begun, and is still without a first token.
         tried: ids of the deployments that had an attempt.
         prompts: prepared prompts by (endpoint, model), so that a retry does not prepare again.
     """
@@ -135,6 +138,7 @@ class Request:
         self.call_id: str | None = None
         self.logging_key: int | None = None  # of the logging object that stands for it now
         self.attempt: Attempt | None = None
+        self.answering = False
         self.tried: set[str] = set()
         self.prompts: dict[tuple[str, str], Prompt] = {}
 

@@ -64,6 +64,12 @@ class Host(Protocol):
     def updated(self, router: Any, changes: Mapping[str, Any]) -> None:
         """Settings have changed."""
 
+    async def answered(self, kwargs: Mapping[str, Any], answer: Any) -> Any:
+        """An attempt of any strategy has an answer; returns it. What this raises fails the attempt."""
+
+    def answers(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the request is inside `answered`."""
+
     def replaced(self, args: Mapping[str, Any] | None) -> None:
         """A router asked for gorgo and gets LiteLLM's own strategy, because the patch is not effective."""
 
@@ -271,6 +277,10 @@ def _extend(host: Host, undo: list[tuple[Any, str, Any]]) -> None:
     # Up to 1.105 the outer method holds the comparison with literals, later the inner one.
     available = _method_name(core, "_async_get_available_deployment", "async_get_available_deployment")
     put(core, available, _through_view(getattr(core, available)))
+    call = _method_name(core, "make_call")
+    put(core, call, _calling(getattr(core, call), host))
+    fall_back = _method_name(core, "async_function_with_fallbacks_common_utils")
+    put(core, fall_back, _falling_back(getattr(core, fall_back), host))
     put(core, "__init__", _constructing(core.__init__, host))
     update = _method_name(core, "_core_update_settings", "update_settings")
     put(core, update, _updating(getattr(core, update), host))
@@ -345,6 +355,23 @@ def _through_view(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(seen, *args, **kwargs)
 
     return _like(available, original)
+
+
+def _calling(original: Callable[..., Any], host: Host) -> Callable[..., Any]:
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # once for each attempt, so what it raises is retried
+        return await host.answered(kwargs, await original(self, *args, **kwargs))
+
+    return _like(call, original)
+
+
+def _falling_back(original: Callable[..., Any], host: Host) -> Callable[..., Any]:
+    async def fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A stream turns to another model group by itself; an attempt that fails is retried in its own first.
+        if "e" in kwargs and host.answers(kwargs.get("kwargs") or {}):
+            raise kwargs["e"]
+        return await original(self, *args, **kwargs)
+
+    return _like(fall_back, original)
 
 
 def _constructing(original: Callable[..., Any], host: Host) -> Callable[..., Any]:

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gorgo_plugin.errors import NoCandidates, SettingsError
-from gorgo_plugin.litellm_strategy import patch
+from gorgo_plugin.litellm_strategy import patch, streams
 from gorgo_plugin.litellm_strategy.adapter import ARGS, Adapter, Share
 from gorgo_plugin.litellm_strategy.ledger import Ledger, Request
+from gorgo_plugin.litellm_strategy.outcomes import failure_kind
 from gorgo_plugin.litellm_strategy.selector import Selector
 from gorgo_plugin.runtime import Runtime
 from gorgo_plugin.runtime.explain import question
@@ -108,6 +109,28 @@ class Plugin:
             if ARGS in changes and isinstance(selector, Selector):
                 selector.args = changes[ARGS] or {}  # early releases keep a selector when only its arguments change
             adapter.try_settle()
+
+    async def answered(self, kwargs: Mapping[str, Any], answer: Any) -> Any:
+        """See an attempt through to its first token where gorgo routed it and the answer is a stream."""
+        request = self.ledger.find(kwargs) if isinstance(answer, AsyncIterator) else None
+        if request is None or request.attempt is None or not request.attempt.streamed:
+            return answer
+        request.answering = True
+        try:
+            stream, content = await streams.begin(answer)
+        except BaseException as error:
+            request.fail(failure_kind(error))
+            raise
+        finally:
+            request.answering = False
+        if content:
+            request.attempt.first_token()
+        return stream
+
+    def answers(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a request's stream is still without its first token."""
+        request = self.ledger.find(kwargs)
+        return request is not None and request.answering
 
     def replaced(self, args: Mapping[str, Any] | None) -> None:
         """A router gets simple-shuffle in our place: say in metrics and status that gorgo is inactive."""

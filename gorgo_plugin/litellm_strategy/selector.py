@@ -50,7 +50,7 @@ class Selector(CustomLogger):  # type: ignore[misc]  # LiteLLM may list it among
         request_kwargs: dict[str, Any] | None = None,
     ) -> Deployment:
         """The deployment for an async call."""
-        choice = _Choice(self, model_group, healthy_deployments, request_kwargs)
+        choice = _Choice(self, model_group, healthy_deployments, request_kwargs, is_async=True)
         try:
             runtime = choice.begin()
             if runtime is not None and (call := choice.read(messages, input)) is not None:
@@ -68,7 +68,7 @@ class Selector(CustomLogger):  # type: ignore[misc]  # LiteLLM may list it among
         request_kwargs: dict[str, Any] | None = None,
     ) -> Deployment:
         """The deployment for a sync call."""
-        choice = _Choice(self, model_group, healthy_deployments, request_kwargs)
+        choice = _Choice(self, model_group, healthy_deployments, request_kwargs, is_async=False)
         try:
             runtime = choice.begin()
             if runtime is not None and (call := choice.read(messages, input)) is not None:
@@ -87,8 +87,10 @@ class _Choice:
         model_group: str,
         deployments: Sequence[Deployment],
         kwargs: dict[str, Any] | None,
+        is_async: bool,
     ) -> None:
         self._selector = selector
+        self._async = is_async
         self._deployments = deployments
         self._kwargs = kwargs if kwargs is not None else {}
         self._group = model_group
@@ -130,8 +132,8 @@ class _Choice:
         return call if self._prompt is None else None
 
     def body(self, call: Call) -> Mapping[str, Any]:
-        """The body to prepare. Without the proxy's hooks a first token is not seen, as if it were not streamed."""
-        return {**call.body, "stream": call.stream and "litellm_logging_obj" in self._kwargs}
+        """The body to prepare; `stream` says whether its first token will be seen."""
+        return {**call.body, "stream": self._async and call.stream and not call.unseen}
 
     def keep(self, call: Call, prompt: Prompt) -> None:
         """Take the prepared prompt; a retry will not have to prepare it again."""

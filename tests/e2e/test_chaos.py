@@ -34,7 +34,6 @@ class Seen:
     complete: int = 0
     left: int = 0
     broken_mid_stream: int = 0
-    broken_after_headers: int = 0  # the engine died between its headers and its first event: LiteLLM tries no other
     lost: list[str] = field(default_factory=list)
 
 
@@ -95,8 +94,6 @@ async def one_request(
                 seen.complete += 1
             elif response.status == 200 and b'"content"' in text:
                 seen.broken_mid_stream += 1
-            elif b"Response payload is not completed" in text:
-                seen.broken_after_headers += 1
             else:
                 seen.lost.append(f"{response.status}: {text[:300]!r}")
     except TimeoutError:
@@ -162,13 +159,10 @@ async def test_nothing_leaks_and_no_request_that_could_be_served_is_lost(tmp_pat
 
         state = await until_at_rest(session, target)
         print(
-            f"complete {seen.complete}, left {seen.left}, broken mid-stream {seen.broken_mid_stream}, "
-            f"after headers {seen.broken_after_headers}, lost {seen.lost}"
+            f"complete {seen.complete}, left {seen.left}, broken mid-stream {seen.broken_mid_stream}, lost {seen.lost}"
         )
         assert seen.lost == []
-        assert seen.broken_after_headers <= CLIENTS // 10  # what one replica was prefilling when it died
-        ended = seen.complete + seen.left + seen.broken_mid_stream + seen.broken_after_headers
-        assert ended == CLIENTS * REQUESTS_EACH
+        assert seen.complete + seen.left + seen.broken_mid_stream == CLIENTS * REQUESTS_EACH
         assert seen.complete > CLIENTS * REQUESTS_EACH / 2
         assert state["counters"]["forgotten_caches"] >= 1
         assert state["counters"]["swept_flights"] == 0

@@ -93,7 +93,7 @@ def gateway_process(
             "retry_after": 0,
             "cooldown_time": 1,
             "enable_tag_filtering": True,
-            "fallbacks": [{"gone": ["m"]}],
+            "fallbacks": [{"gone": ["m"]}, {"retried": ["plain"]}],
         },
     )
     with running(config, folder) as proxy:

@@ -25,6 +25,8 @@ RELEASE = tuple(int(part) for part in importlib.metadata.version("litellm").spli
 ACTIVE = (1, 84) <= RELEASE <= (1, 109)
 # Before this one the proxy loads callbacks from files beside its configuration only.
 IMPORTS_CALLBACKS = RELEASE >= (1, 94)
+# Before this one a stream that breaks looks like one that ends, for every strategy.
+SEES_BREAKS = RELEASE >= (1, 95)
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
@@ -126,6 +128,21 @@ async def test_a_retry_goes_to_the_replica_not_tried_yet(
         await router.acompletion(model="m", messages=MESSAGES)
     first_two = len(engines[0].requests), len(engines[1].requests)
     assert min(first_two) >= 1, first_two
+    await until(lambda: flights(plugin) == 0)
+
+
+async def test_a_stream_that_breaks_before_its_first_token_is_tried_elsewhere(
+    plugin: Any, make_router: Any, engines: tuple[StubEngine, StubEngine]
+) -> None:
+    needs_effect(plugin)
+    if not SEES_BREAKS:
+        pytest.skip("this LiteLLM takes a broken stream for an ended one")
+    router = make_router(routing_strategy="gorgo", disable_cooldowns=True)
+    engines[0].behaviour.break_after_tokens = engines[1].behaviour.break_after_tokens = 0
+    with pytest.raises(Exception, match="not completed"):
+        await router.acompletion(model="m", messages=MESSAGES, stream=True)
+    attempts = len(engines[0].requests), len(engines[1].requests)
+    assert min(attempts) >= 1, attempts
     await until(lambda: flights(plugin) == 0)
 
 

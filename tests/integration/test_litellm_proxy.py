@@ -199,6 +199,40 @@ def test_an_error_of_the_engine_moves_the_request_to_the_other_replica(
     )
 
 
+@pytest.mark.parametrize("events", [0, 2])
+@pytest.mark.parametrize("path", STREAMING)
+def test_a_stream_that_breaks_before_its_first_token_is_tried_elsewhere(
+    gateway: Proxy, engines: Engines, path: str, events: int
+) -> None:
+    if events and path == "/v1/completions":
+        pytest.skip("its first event is its first token")
+    body = ENDPOINTS[path](long_text()) | {"stream": True}
+    if path != "/v1/messages":
+        body["model"] = "retried"  # has a fallback to another group, which its other replica comes before
+    home = ask(gateway, path, body).headers["x-gorgo-replica"]
+    bad, good = engines if home == "near" else engines[::-1]
+    bad.behaviour.break_after_tokens = events if path != "/v1/chat/completions" else min(events, 1)
+    answer = ask(gateway, path, body)
+    assert "w3" in answer.text
+    assert answer.text.count("w0") == 1
+    assert answer.headers["x-gorgo-replica"] == good.name
+    assert (len(bad.requests), len(good.requests)) == (2, 1)
+    assert gateway.status()["replicas"][bad.name]["health"]["failures_in_a_row"] >= 1
+
+
+@pytest.mark.parametrize("path", STREAMING)
+def test_a_stream_that_hangs_before_its_first_token_is_tried_elsewhere(
+    gateway: Proxy, engines: Engines, path: str
+) -> None:
+    body = ENDPOINTS[path](long_text()) | {"stream": True}
+    home = ask(gateway, path, body).headers["x-gorgo-replica"]
+    bad, good = engines if home == "near" else engines[::-1]
+    bad.behaviour.before_first_token_s = 5.0
+    answer = ask(gateway, path, body, headers={"x-litellm-stream-timeout": "0.5"})
+    assert "w3" in answer.text
+    assert answer.headers["x-gorgo-replica"] == good.name
+
+
 def test_a_refused_connection_costs_no_request(gateway: Proxy) -> None:
     for _ in range(4):
         answer = ask(gateway, "/v1/chat/completions", chat(long_text(), "half-gone"))
