@@ -140,9 +140,12 @@ class PromptBuilder:
             media[marker] = digest
             return marker
 
-        text, faithful = model.render(conversation, mark)
-        text, valid = well_formed(text)
-        stretches: list[Stretch] = self._with_media(text, media) if media else [text]
+        printed, faithful = model.render(conversation, mark)
+        valid = all(map(str.isascii, printed)) or all(map(is_well_formed, printed))
+        stretches: list[Stretch] = [printed]
+        if media or not valid:
+            text = well_formed("".join(printed))
+            stretches = self._with_media(text, media) if media else [text]
         if conversation.add_special_tokens:
             before, after = model.vocabulary.affixes
             stretches = [before, *stretches, after]
@@ -163,10 +166,9 @@ class PromptBuilder:
             if not isinstance(item, str):
                 stretches.append(_token_ids(item, prompts.field))
                 continue
-            text, valid = well_formed(item)
             before, after = model.vocabulary.affixes if prompts.add_special_tokens else (EMPTY, EMPTY)
-            stretches += [before, text, after]
-            exact = exact and valid and model.exact
+            stretches += [before, well_formed(item), after]
+            exact = exact and is_well_formed(item) and model.exact
         return stretches, exact
 
     def _digest(self, data: bytes, kind: bytes) -> bytes:
@@ -190,15 +192,20 @@ def pseudo_tokens(digest: bytes, count: int) -> Ids:
     return read_only((mixed >> np.uint64(33)).astype(np.uint32) | np.uint32(PSEUDO_TOKEN))
 
 
-def well_formed(text: str) -> tuple[str, bool]:
-    """(text, whether it was valid Unicode); each lone surrogate becomes a replacement character."""
+def is_well_formed(text: str) -> bool:
+    """Whether text is valid Unicode: JSON may hold surrogates without their other half."""
     if text.isascii():
-        return text, True
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), False
-    return text, True
+        return False
+    return True
+
+
+def well_formed(text: str) -> str:
+    """Text in which each lone surrogate is a replacement character."""
+    return text if is_well_formed(text) else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _token_ids(item: Sequence[Any], field: str) -> Ids:

@@ -64,8 +64,8 @@ class PromptModel:
         except jinja2.TemplateSyntaxError as error:
             raise SettingsError(f"no Jinja template: {error.message} (line {error.lineno})") from None
 
-    def render(self, conversation: Conversation, mark: Mark) -> tuple[str, bool]:
-        """(text, whether it is what the engine renders); a conversation the template refuses comes out as ChatML."""
+    def render(self, conversation: Conversation, mark: Mark) -> tuple[list[str], bool]:
+        """(pieces of text, whether it is what the engine renders); ChatML where the template refuses a conversation."""
         # Templates by name are transformers' older form; `tool_use` is the one it takes where tools are given.
         kind = "tool_use" if conversation.tools and "tool_use" in self._templates else "default"
         template = self._templates.get(kind)
@@ -109,7 +109,8 @@ class PromptModel:
     def _trial(self, conversation: Conversation) -> str | None:
         template = self._templates.get("default")
         try:
-            return template.render(conversation, lambda _: "") if template else chatml(conversation, lambda _: "")
+            render = template.render if template else chatml
+            return "".join(render(conversation, lambda _: ""))
         except TemplateFailure:
             return None  # not every template takes tools
 

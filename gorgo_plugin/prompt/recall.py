@@ -2,23 +2,37 @@
 
 Text is remembered in two sizes: in chunks, so that a long known prompt takes few look-ups, and in pieces of about a
 message, so that what follows the last whole chunk, or differs in one, is not tokenized anew.
+
+A conversation comes as the pieces that its template printed. Where one begins with a token that cuts, so does a turn;
+turns that are known are neither joined nor searched, which for a long prompt would take longer than all the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from gorgo_plugin.prompt.cache import Key, SegmentCache
+from gorgo_plugin.prompt.cuts import CHUNK_CHARS, LONG_CHARS, PIECE_CHARS
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 
 EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
 
-Stretch = str | Ids  # text, or the ids of what is no text
+Stretch = (
+    str | list[str] | Ids
+)  # text that grows at its end, text as a template printed it, or the ids of what is no text
+
+
+class _Part(NamedTuple):
+    """Text that is tokenized by itself: the strings it is made of, and what it is remembered under."""
+
+    key: Key
+    strings: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -27,21 +41,23 @@ class _Chunk:
 
     Attributes:
         key: what to remember it under; None for the last of a stretch, which may still grow.
-        pieces: (key, text) of each piece.
+        pieces: what it is made of.
         ids: of each piece, None where unknown.
     """
 
     key: Key | None
-    pieces: list[tuple[Key, str]]
+    pieces: list[_Part]
     ids: list[Ids | None]
 
     def filled(self, fresh: Mapping[Key, Ids]) -> list[Ids]:
         """The ids of each piece, those of unknown ones out of `fresh`."""
-        return [fresh[key] if ids is None else ids for (key, _), ids in zip(self.pieces, self.ids, strict=True)]
+        return [fresh[piece.key] if ids is None else ids for piece, ids in zip(self.pieces, self.ids, strict=True)]
 
     def cold(self) -> Iterator[tuple[Key, str]]:
         """(key, text) of the pieces to be tokenized."""
-        return ((key, text) for (key, text), ids in zip(self.pieces, self.ids, strict=True) if ids is None)
+        for piece, ids in zip(self.pieces, self.ids, strict=True):
+            if ids is None:
+                yield piece.key, "".join(piece.strings)
 
 
 class Recalled:
@@ -88,24 +104,80 @@ class Recall:
         """What is known of a prompt made of these stretches, none of which merges with its neighbours."""
         parts: list[Ids | _Chunk] = []
         for stretch in stretches:
-            parts += self._chunks(model, stretch) if isinstance(stretch, str) else (stretch,)
+            if isinstance(stretch, list):
+                parts += self._turns(model, stretch) if model.cuts else self._text(model, "".join(stretch))
+            else:
+                parts += self._text(model, stretch) if isinstance(stretch, str) else (stretch,)
         return Recalled(parts, model.vocabulary, self._cache)
 
-    def _chunks(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:
+    def _text(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:
         *whole, (last, end) = model.chunks(text)
         # One slice at a time: a copy of all the text would push what the gateway works on out of the processor's cache.
-        keys = [_key(model, text[start:stop]) for start, stop in whole]
+        number = model.vocabulary.number
+        keys = [(number, stop - start, hash(text[start:stop])) for start, stop in whole]
         for (start, stop), key, ids in zip(whole, keys, self._cache.get_many(keys), strict=True):
-            yield self._chunk(model, text[start:stop], key) if ids is None else ids
-        yield self._chunk(model, text[last:end], None)
+            yield self._chunk(key, _cut(model, text[start:stop])) if ids is None else ids
+        yield self._chunk(None, _cut(model, text[last:end]))
 
-    def _chunk(self, model: PromptModel, text: str, key: Key | None) -> _Chunk:
-        pieces = [(_key(model, piece), piece) for piece in model.cut(text)]
-        return _Chunk(key, pieces, self._cache.get_many([known for known, _ in pieces]))
+    def _turns(self, model: PromptModel, strings: Sequence[str]) -> Iterator[Ids | _Chunk]:
+        printed = _Printed(model, strings)
+        *whole, last = printed.chunks()
+        keys = [printed.key(*chunk) for chunk in whole]
+        for chunk, key, ids in zip(whole, keys, self._cache.get_many(keys), strict=True):
+            yield self._chunk(key, printed.pieces(*chunk)) if ids is None else ids
+        yield self._chunk(None, printed.pieces(*last))
+
+    def _chunk(self, key: Key | None, pieces: list[_Part]) -> _Chunk:
+        return _Chunk(key, pieces, self._cache.get_many([piece.key for piece in pieces]))
 
 
-def _key(model: PromptModel, text: str) -> Key:
-    return model.vocabulary.number, len(text), hash(text)
+def _cut(model: PromptModel, text: str) -> list[_Part]:
+    return [_Part((model.vocabulary.number, len(piece), hash(piece)), (piece,)) for piece in model.cut(text)]
+
+
+class _Printed:
+    """A conversation as its template printed it: strings, some of which begin a turn.
+
+    A prompt has hundreds of them, so what is done for each is done without a loop in Python.
+    """
+
+    def __init__(self, model: PromptModel, strings: Sequence[str]) -> None:
+        self._model = model
+        self._strings = strings
+        self._hashes = [*map(hash, strings)]
+        self._ends = [0, *accumulate(map(len, strings))]  # in characters
+        starts = [at for at, text in enumerate(strings) if text.startswith(model.cuts) and at]
+        self._turns = [0, *starts, len(strings)]
+
+    def key(self, first: int, last: int) -> Key:
+        """Of the strings from `first` to before `last`."""
+        return self._model.vocabulary.number, self._chars(first, last), hash(tuple(self._hashes[first:last]))
+
+    def _chars(self, first: int, last: int) -> int:
+        return self._ends[last] - self._ends[first]
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Turns of at least `CHUNK_CHARS` together (the last may be fewer); a longer turn stands by itself."""
+        first = 0
+        for start, end in pairwise(self._turns):
+            if start > first and (self._chars(first, start) >= CHUNK_CHARS or self._chars(start, end) > CHUNK_CHARS):
+                yield first, start
+                first = start
+        yield first, len(self._strings)
+
+    def pieces(self, first: int, last: int) -> list[_Part]:
+        """The turns of a chunk, joined to at least `PIECE_CHARS` (the last may be shorter), long ones cut."""
+        pieces: list[_Part] = []
+        for turn in self._turns:
+            if not first < turn <= last or (turn < last and self._chars(first, turn) < PIECE_CHARS):
+                continue
+            strings = tuple(self._strings[first:turn])
+            if self._chars(first, turn) > LONG_CHARS:
+                pieces += _cut(self._model, "".join(strings))
+            else:
+                pieces.append(_Part(self.key(first, turn), strings))
+            first = turn
+        return pieces
 
 
 def joined_ids(parts: Sequence[Ids]) -> Ids:

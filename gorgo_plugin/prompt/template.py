@@ -113,19 +113,20 @@ class ChatTemplate:
         """Whether the template prints these texts: several as a list of parts, one as a string."""
         content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
         try:
-            shown = self._run({"messages": [{"role": "user", "content": content}], "add_generation_prompt": True})
+            printed = self._run({"messages": [{"role": "user", "content": content}], "add_generation_prompt": True})
         except TemplateFailure:
             return False
+        shown = "".join(printed)
         # A template that knows no parts prints the list itself.
         return all(text in shown for text in texts) and "'type'" not in shown and '"type"' not in shown
 
-    def render(self, conversation: Conversation, mark: Mark) -> str:
-        """Render a conversation.
+    def render(self, conversation: Conversation, mark: Mark) -> list[str]:
+        """Render a conversation, in the pieces that the template prints.
 
         Raises:
             TemplateFailure: the template refuses or cannot render it, or prints beyond all bounds.
         """
-        text = self._run(
+        printed = self._run(
             {
                 "tools": conversation.tools,
                 "documents": None,
@@ -134,7 +135,7 @@ class ChatTemplate:
                 "messages": [self._variable(message, mark) for message in conversation.messages],
             }
         )
-        return left_open(text, conversation, mark)
+        return left_open(printed, conversation, mark)
 
     def _variable(self, message: Message, mark: Mark) -> dict[str, Any]:
         content = message.content
@@ -147,7 +148,7 @@ class ChatTemplate:
             } | message.extras
         return {"role": message.role, "content": flat(content, mark), **message.extras}
 
-    def _run(self, variables: dict[str, Any]) -> str:
+    def _run(self, variables: dict[str, Any]) -> list[str]:
         pieces: list[str] = []
         size = 0
         try:
@@ -158,7 +159,7 @@ class ChatTemplate:
                 pieces.append(piece)
         except Exception as error:  # templates meet values of every shape and fail in every way
             raise TemplateFailure(type(error).__name__) from error
-        return "".join(pieces)
+        return pieces
 
 
 def flat(content: Content, mark: Mark) -> str:
@@ -168,21 +169,22 @@ def flat(content: Content, mark: Mark) -> str:
     return "\n".join(part if isinstance(part, str) else mark(part) for part in content)
 
 
-def left_open(text: str, conversation: Conversation, mark: Mark) -> str:
+def left_open(printed: list[str], conversation: Conversation, mark: Mark) -> list[str]:
     """Cut what follows the last message's content, where the answer is to go on from it."""
     if not conversation.continue_final:
-        return text
+        return printed
+    text = "".join(printed)
     final = flat(conversation.messages[-1].content, mark).strip()
     at = text.rfind(final)
-    return text[: at + len(final)] if final and at >= 0 else text
+    return [text[: at + len(final)] if final and at >= 0 else text]
 
 
-def chatml(conversation: Conversation, mark: Mark) -> str:
-    """Render ChatML, with tools and tool calls the way the Hermes and Qwen templates write them."""
-    turns: list[str] = []  # joined once: the text may be long
+def chatml(conversation: Conversation, mark: Mark) -> list[str]:
+    """Render ChatML in pieces, with tools and tool calls the way the Hermes and Qwen templates write them."""
+    printed: list[str] = []  # not joined: the text may be long, and most of it is known
     if conversation.tools:
         tools = "\n".join(stable_json(tool) for tool in conversation.tools)
-        turns += ("<|im_start|>system\n# Tools\n", tools, "<|im_end|>\n")
+        printed += ("<|im_start|>system\n# Tools\n", tools, "<|im_end|>\n")
     for message in conversation.messages:
         content = message.content
         text = content if isinstance(content, str) else flat(content, mark)
@@ -190,7 +192,7 @@ def chatml(conversation: Conversation, mark: Mark) -> str:
             text += "".join(
                 f"\n<tool_call>\n{stable_json(call['function'])}\n</tool_call>" for call in message.extras["tool_calls"]
             )
-        turns += ("<|im_start|>", message.role, "\n", text, "<|im_end|>\n")
+        printed += (f"<|im_start|>{message.role}\n", text, "<|im_end|>\n")
     if conversation.add_generation_prompt:
-        turns.append("<|im_start|>assistant\n")
-    return left_open("".join(turns), conversation, mark)
+        printed.append("<|im_start|>assistant\n")
+    return left_open(printed, conversation, mark)

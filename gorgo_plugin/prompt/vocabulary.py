@@ -192,11 +192,10 @@ def read_only(ids: Ids) -> Ids:
 
 
 def _apart(token: str, added: Iterable[str]) -> bool:
-    """Whether no other added token can share characters of a text with this one: hold it, or begin as it ends."""
+    """Whether no added token can share characters of a text with this one: hold it, or begin as it ends."""
     return not any(
-        other in token
-        or token in other
+        (other != token and (other in token or token in other))
         or any(token[:k] == other[-k:] or other[:k] == token[-k:] for k in range(1, min(len(token), len(other))))
         for other in added
-        if other and other != token
+        if other
     )

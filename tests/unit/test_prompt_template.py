@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 def render(template: str, messages: Any = None, **fields: Any) -> str:
     chat = ChatTemplate(template, {"bos_token": "<s>"}, lambda: datetime(2024, 2, 3))
     body = {"messages": messages or [{"role": "user", "content": "Hi"}], **fields}
-    return chat.render(read_chat(body), lambda medium: f"[{medium.payload}]")
+    return "".join(chat.render(read_chat(body), lambda medium: f"[{medium.payload}]"))
 
 
 @pytest.mark.parametrize(
