@@ -23,8 +23,8 @@ class View:
         prefill_ms: this prompt's own prefill there.
         cached_tokens, uncached_tokens: of this prompt, in the engine's tokens.
         prompt_tokens: length of this prompt, in the engine's tokens.
-        waiting, decoding: flights before and after their first token.
-        queued_prompt_tokens, decoding_prompt_tokens: their prompt tokens, cached ones included.
+        load: sum over a candidate's open flights, by name (`waiting`, `decoding`, `queued_prompt_tokens`,
+            `decoding_prompt_tokens`); looked up only by the policies that use it.
         gauge: engine gauge by name (`running`, `waiting`, `used_tokens`), NaN where never read.
         affinity: bytes that stay the same over a session.
         weights: (W_rtt, W_queue).
@@ -39,14 +39,31 @@ class View:
     cached_tokens: FloatArray
     uncached_tokens: FloatArray
     prompt_tokens: float
-    waiting: FloatArray
-    decoding: FloatArray
-    queued_prompt_tokens: FloatArray
-    decoding_prompt_tokens: FloatArray
+    load: Callable[[str], FloatArray]
     gauge: Callable[[str], FloatArray]
     affinity: Callable[[], bytes]
     weights: tuple[float, float]
     rng: random.Random
+
+    @property
+    def waiting(self) -> FloatArray:
+        """Flights before their first token."""
+        return self.load("waiting")
+
+    @property
+    def decoding(self) -> FloatArray:
+        """Flights after it."""
+        return self.load("decoding")
+
+    @property
+    def queued_prompt_tokens(self) -> FloatArray:
+        """Prompt tokens of the flights before their first token, cached ones included."""
+        return self.load("queued_prompt_tokens")
+
+    @property
+    def decoding_prompt_tokens(self) -> FloatArray:
+        """Prompt tokens of the flights after it, cached ones included."""
+        return self.load("decoding_prompt_tokens")
 
     @property
     def in_flight(self) -> FloatArray:

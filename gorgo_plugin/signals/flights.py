@@ -130,10 +130,6 @@ class Flights(Table):
         """One of the sums per replica, shape (len(slots),)."""
         return self._columns[name][slots]
 
-    def in_flight(self, slots: SlotArray) -> FloatArray:
-        """Open flights per replica."""
-        return self._columns["waiting"][slots] + self._columns["decoding"][slots]
-
     def backlog_ms(self, slots: SlotArray, ms_per_token: FloatArray, now_s: float) -> FloatArray:
         """Time until the replica's prefill queue is empty, in ms.
 

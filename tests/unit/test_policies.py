@@ -11,6 +11,8 @@ import pytest
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import AVAILABLE, TRIED, UNHEALTHY, Choice, pick
 
+LOADS = ("waiting", "decoding", "queued_prompt_tokens", "decoding_prompt_tokens")
+
 
 def view(gauges: Mapping[str, list[float]] | None = None, affinity: bytes = b"s", **columns: Any) -> View:
     """Three idle replicas at 37, 279 and 456 ms, a prompt of 1,000 tokens that nobody has; `columns` change that."""
@@ -20,16 +22,15 @@ def view(gauges: Mapping[str, list[float]] | None = None, affinity: bytes = b"s"
         "queue_ms": [0.0] * 3,
         "prefill_ms": [90.0] * 3,
         "cached_tokens": [0.0] * 3,
-        "waiting": [0.0] * 3,
-        "decoding": [0.0] * 3,
-        "queued_prompt_tokens": [0.0] * 3,
-        "decoding_prompt_tokens": [0.0] * 3,
+        **dict.fromkeys(LOADS, [0.0] * 3),
     } | columns
     arrays = {name: np.array(values, dtype=float) for name, values in known.items() if name not in ("weights", "rng")}
+    loads = {name: arrays.pop(name) for name in LOADS}
     return View(
         names=["a", "b", "c"],
         uncached_tokens=1000.0 - arrays["cached_tokens"],
         prompt_tokens=1000.0,
+        load=loads.__getitem__,
         gauge=lambda name: np.array((gauges or {}).get(name, [np.nan] * 3)),
         affinity=lambda: affinity,
         weights=columns.get("weights", (1.0, 1.0)),

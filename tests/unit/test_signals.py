@@ -309,6 +309,6 @@ def test_a_moved_flight_is_counted_at_its_new_replica_only() -> None:
     moved = flights.get(1)
     assert moved is not None
     flights.move(moved, 1, 0.1)
-    assert flights.in_flight(np.array([0, 1])).tolist() == [0.0, 1.0]
+    assert flights.column("waiting", np.array([0, 1])).tolist() == [0.0, 1.0]
     flights.close(1, 0.2)
-    assert flights.in_flight(np.array([0, 1])).tolist() == [0.0, 0.0]
+    assert flights.column("waiting", np.array([0, 1])).tolist() == [0.0, 0.0]
