@@ -361,7 +361,7 @@ class Router:
     def _view(
         self, prompt: Prompt, model: ModelState, hashes: bytes, slots: SlotArray, now: float, rng: random.Random
     ) -> View:
-        flights, latency = self._flights, self._latency
+        flights = self._flights
         flights.release_unstreamed(now)
         scale = 1.0 if prompt.exact else model.scale
         tokens = len(prompt.tokens) * scale
@@ -370,10 +370,11 @@ class Router:
             [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
         )
         ms_per_token = model.rates.ms_per_token(slots)
+        network_ms, doubt_ms = self._latency.price_ms(slots, now)
         return View(
             names=[self._replicas[slot].name for slot in slots.tolist()],
-            network_ms=latency.network_ms(slots),
-            doubt_ms=latency.doubt_ms(slots, now),
+            network_ms=network_ms,
+            doubt_ms=doubt_ms,
             queue_ms=flights.backlog_ms(slots, ms_per_token, now),
             prefill_ms=model.rates.overhead_ms(slots) + ms_per_token * (tokens - cached),
             cached_tokens=cached,

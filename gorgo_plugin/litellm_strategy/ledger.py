@@ -19,14 +19,13 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from cachetools import TTLCache
+from cachetools import LRUCache
 
 from gorgo_plugin.decision import Cost, Decision, Prompt
 from gorgo_plugin.litellm_strategy.outcomes import Usage, failure_kind
 from gorgo_plugin.runtime import Runtime
 
-CALL_IDS = 65_536  # calls that wait for their log event; an entry is some hundred bytes
-CALL_ID_TTL_S = 1800.0  # twice the default time to live of a flight; for calls whose event never comes
+CALL_IDS = 16_384  # calls that wait for their log event, more than a process can have under way; 1 kB each
 LATE_EVENT_S = 5.0  # log events of the SDK come from a worker or thread, when the request's own context may be gone
 
 
@@ -178,7 +177,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._by_logging: dict[int, tuple[weakref.ref[Any], Request]] = {}
-        self._by_call: TTLCache[str, Attempt | None] = TTLCache(CALL_IDS, CALL_ID_TTL_S)
+        self._by_call: LRUCache[str, Attempt | None] = LRUCache(CALL_IDS)
         self._calls_lock = threading.Lock()
         self._lost: deque[_Lost] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None

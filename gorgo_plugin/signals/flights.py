@@ -138,6 +138,8 @@ class Flights(Table):
         out instead of looking idle.
         """
         columns = self._columns
+        if not columns["waiting"][slots].any():
+            return np.zeros(len(slots))
         head_ms = columns["head_tokens"][slots] * ms_per_token
         elapsed_ms = np.maximum(now_s - columns["head_since_s"][slots], 0.0) * 1000.0
         late_ms = np.maximum(elapsed_ms - 2.0 * head_ms - LATE_AFTER_MS, 0.0)

@@ -43,24 +43,21 @@ class LatencyTable(Table):
         self._columns["spread_ms"][slot] = spread_ms
         self._columns["at_s"][slot] = at_s
 
-    def network_ms(self, slots: SlotArray) -> FloatArray:
-        """The round trip to price; the prior where none was ever measured, so never 0 for want of knowledge."""
-        rtt = self._columns["rtt_ms"][slots]
-        return np.where(np.isnan(rtt), self.settings.prior_ms, rtt)
+    def price_ms(self, slots: SlotArray, now_s: float) -> tuple[FloatArray, FloatArray]:
+        """(round trip, doubt) per replica.
 
-    def doubt_ms(self, slots: SlotArray, now_s: float) -> FloatArray:
-        """What not knowing costs: the prior once more where nothing was measured; growing with age once stale."""
-        rtt = self._columns["rtt_ms"][slots]
-        periods = self.age_s(slots, now_s) / self.settings.stale_after_s
-        if not np.isnan(rtt).any() and not (periods > 1.0).any():
-            return np.zeros(len(rtt))
-        late = np.clip(periods, 0.0, MAX_STALE_PERIODS)
+        A round trip that was never measured counts as the prior, so never 0 for want of knowledge, and the prior once
+        more is its doubt. A stale one is doubted the more, the older it is.
+        """
+        rtt, at = self._columns["rtt_ms"][slots], self._columns["at_s"][slots]
+        stale_after_s, prior_ms = self.settings.stale_after_s, self.settings.prior_ms
+        if not len(slots) or now_s - at.min() <= stale_after_s:  # as it mostly is: all measured, none stale
+            return rtt, np.zeros(len(slots))
+        periods = np.maximum(now_s - at, 0.0) / stale_after_s
+        late = np.minimum(periods, MAX_STALE_PERIODS)
         stale = np.where(periods > 1.0, (self._columns["spread_ms"][slots] + STALE_GROWTH * rtt) * late, 0.0)
-        return np.where(np.isnan(rtt), self.settings.prior_ms, stale)
-
-    def age_s(self, slots: SlotArray, now_s: float) -> FloatArray:
-        """Seconds since the last sample, inf where there was none, 0 where the clock went backwards."""
-        return np.maximum(now_s - self._columns["at_s"][slots], 0.0)
+        unknown = np.isnan(rtt)
+        return np.where(unknown, prior_ms, rtt), np.where(unknown, prior_ms, stale)
 
     def describe(self, slot: int, now_s: float) -> dict[str, float | bool | None]:
         """One replica's row as plain data."""

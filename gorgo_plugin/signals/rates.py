@@ -18,7 +18,7 @@ from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
-REFIT_EVERY = 4  # samples between fits once the window has filled a quarter
+REFIT_EVERY = 8  # samples between fits once the window has filled a quarter
 FULL_TOKENS = 4096.0  # work from here on is full evidence of the slope; more must not drown the other samples
 SLOPE_PRIOR_TOKENS = 2 * FULL_TOKENS  # the prior's weight against them: two long prompts
 SHORT_TOKENS = 256.0  # at this length a sample is half the evidence of the overhead that an empty one would be

@@ -24,16 +24,16 @@ def latency(**settings: float) -> LatencyTable:
 
 def test_a_replica_never_measured_is_priced_at_the_prior_and_doubted_by_as_much() -> None:
     table = latency(prior_ms=150.0)
-    assert table.network_ms(ONE)[0] == 150.0
-    assert table.doubt_ms(ONE, 0.0)[0] == 150.0
+    assert table.price_ms(ONE, 0.0)[0][0] == 150.0
+    assert table.price_ms(ONE, 0.0)[1][0] == 150.0
 
 
 def test_round_trips_are_smoothed_with_the_papers_alpha() -> None:
     table = latency()
     table.observe(0, 0.100, 0.0)
     table.observe(0, 0.200, 1.0)
-    assert table.network_ms(ONE)[0] == pytest.approx(130.0)
-    assert table.doubt_ms(ONE, 1.0)[0] == 0.0
+    assert table.price_ms(ONE, 0.0)[0][0] == pytest.approx(130.0)
+    assert table.price_ms(ONE, 1.0)[1][0] == 0.0
 
 
 def test_a_stale_value_is_marked_and_its_doubt_grows_to_a_bound() -> None:
@@ -41,7 +41,7 @@ def test_a_stale_value_is_marked_and_its_doubt_grows_to_a_bound() -> None:
     table.observe(0, 0.100, 0.0)
     assert not table.describe(0, 10.0)["stale"]
     assert table.describe(0, 10.1)["stale"]
-    doubts = [table.doubt_ms(ONE, at)[0] for at in (9.0, 11.0, 30.0, 1e3, 1e9)]
+    doubts = [table.price_ms(ONE, at)[1][0] for at in (9.0, 11.0, 30.0, 1e3, 1e9)]
     assert doubts[0] == 0.0
     assert doubts[0] < doubts[1] < doubts[2] < doubts[3] == doubts[4]
 
@@ -51,22 +51,22 @@ def test_a_sample_that_is_no_duration_changes_nothing(sample: float) -> None:
     table = latency()
     table.observe(0, 0.1, 0.0)
     table.observe(0, sample, 1.0)
-    assert table.network_ms(ONE)[0] == pytest.approx(100.0)
+    assert table.price_ms(ONE, 0.0)[0][0] == pytest.approx(100.0)
     assert table.describe(0, 1.0)["age_s"] == 1.0
 
 
 def test_a_sample_longer_than_any_round_trip_stays_a_price() -> None:
     table = latency()
     table.observe(0, 1.7e305, 0.0)
-    assert table.network_ms(ONE)[0] == 60_000.0
-    assert np.isfinite(table.doubt_ms(ONE, 1e9)[0])
+    assert table.price_ms(ONE, 0.0)[0][0] == 60_000.0
+    assert np.isfinite(table.price_ms(ONE, 1e9)[1][0])
 
 
 def test_a_clock_that_jumps_back_does_not_make_a_negative_age() -> None:
     table = latency()
     table.observe(0, 0.1, 100.0)
     assert table.describe(0, 50.0)["age_s"] == 0.0
-    assert table.doubt_ms(ONE, 50.0)[0] == 0.0
+    assert table.price_ms(ONE, 50.0)[1][0] == 0.0
 
 
 # Health
