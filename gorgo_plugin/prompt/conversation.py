@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -32,13 +33,16 @@ Part = str | Media
 Content = str | list[Part]
 
 
+NO_EXTRAS: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(slots=True)
 class Message:
     """One turn; `extras` are further fields a chat template may read (`name`, `tool_calls`, `tool_call_id`, ...)."""
 
     role: str
     content: Content
-    extras: dict[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

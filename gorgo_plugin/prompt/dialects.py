@@ -7,6 +7,7 @@ from typing import Any
 
 from gorgo_plugin.errors import PromptError
 from gorgo_plugin.prompt.conversation import (
+    NO_EXTRAS,
     Content,
     Conversation,
     Media,
@@ -76,7 +77,7 @@ def _chat_message(value: Any, index: int) -> Message:
     if type(value) is dict and len(value) == 2:  # most messages are so, and a prompt may hold a thousand
         role, content = value.get("role"), value.get("content")
         if type(role) is str and role and type(content) is str:
-            return Message(role, content)
+            return Message(role, content, NO_EXTRAS)
     where = f"messages[{index}]"
     message = _object(value, where)
     role = _role(message, where)
@@ -222,7 +223,7 @@ def _extend_answer(answer: Message, item: Body, kind: str) -> None:
     if kind == "reasoning":
         parts = [*(as_list(item.get("content")) or ()), *(as_list(item.get("summary")) or ())]
         thought = "\n".join(as_text((as_mapping(part) or {}).get("text")) for part in parts)
-        answer.extras |= {"reasoning": thought, "reasoning_content": thought}
+        answer.extras = {**answer.extras, "reasoning": thought, "reasoning_content": thought}
         return
     call = tool_call(item.get("call_id"), item.get("name"), item.get("arguments", item.get("input")))
-    answer.extras.setdefault("tool_calls", []).append(call)
+    answer.extras = {**answer.extras, "tool_calls": [*answer.extras.get("tool_calls", ()), call]}

@@ -9,9 +9,10 @@ turns that are known are neither joined nor searched, which for a long prompt wo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -138,41 +139,43 @@ def _cut(model: PromptModel, text: str) -> list[_Part]:
 class _Printed:
     """A conversation as its template printed it: strings, some of which begin a turn.
 
-    A prompt has hundreds of them, so what is done for each is done without a loop in Python.
+    A prompt may have a thousand of them, so what is done for each is done without a loop in Python.
     """
 
     def __init__(self, model: PromptModel, strings: Sequence[str]) -> None:
         self._model = model
         self._strings = strings
         self._hashes = [*map(hash, strings)]
-        self._ends = [0, *accumulate(map(len, strings))]  # in characters
-        starts = [at for at, text in enumerate(strings) if text.startswith(model.cuts) and at]
-        self._turns = [0, *starts, len(strings)]
+        begins = map(str.startswith, strings, repeat(model.cuts))
+        starts = [*compress(range(len(strings)), begins)]
+        self._turns = [0, *starts[strings[0].startswith(model.cuts) :], len(strings)]
+        ends = [0, *accumulate(map(len, strings))]
+        self._chars = [ends[turn] for turn in self._turns]  # in front of each turn, and at the end
 
     def key(self, first: int, last: int) -> Key:
-        """Of the strings from `first` to before `last`."""
-        return self._model.vocabulary.number, self._chars(first, last), hash(tuple(self._hashes[first:last]))
-
-    def _chars(self, first: int, last: int) -> int:
-        return self._ends[last] - self._ends[first]
+        """Of the turns from `first` to before `last`."""
+        hashes = tuple(self._hashes[self._turns[first] : self._turns[last]])
+        return self._model.vocabulary.number, self._chars[last] - self._chars[first], hash(hashes)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Turns of at least `CHUNK_CHARS` together (the last may be fewer); a longer turn stands by itself."""
-        first = 0
-        for start, end in pairwise(self._turns):
-            if start > first and (self._chars(first, start) >= CHUNK_CHARS or self._chars(start, end) > CHUNK_CHARS):
-                yield first, start
-                first = start
-        yield first, len(self._strings)
+        chars, end, first = self._chars, len(self._turns) - 1, 0
+        while first < end:
+            last = bisect_left(chars, chars[first] + CHUNK_CHARS, first + 1, end)
+            if last - 1 > first and chars[last] - chars[last - 1] > CHUNK_CHARS:
+                last -= 1
+            yield first, last
+            first = last
 
     def pieces(self, first: int, last: int) -> list[_Part]:
         """The turns of a chunk, joined to at least `PIECE_CHARS` (the last may be shorter), long ones cut."""
         pieces: list[_Part] = []
-        for turn in self._turns:
-            if not first < turn <= last or (turn < last and self._chars(first, turn) < PIECE_CHARS):
+        for turn in range(first + 1, last + 1):
+            chars = self._chars[turn] - self._chars[first]
+            if chars < PIECE_CHARS and turn < last:
                 continue
-            strings = tuple(self._strings[first:turn])
-            if self._chars(first, turn) > LONG_CHARS:
+            strings = tuple(self._strings[self._turns[first] : self._turns[turn]])
+            if chars > LONG_CHARS:
                 pieces += _cut(self._model, "".join(strings))
             else:
                 pieces.append(_Part(self.key(first, turn), strings))

@@ -142,10 +142,8 @@ class ChatTemplate:
         if self._needs_parts or (self._takes_parts and not isinstance(content, str)):
             parts = [content] if isinstance(content, str) else content
             texts = [part if isinstance(part, str) else mark(part) for part in parts]
-            return {
-                "role": message.role,
-                "content": [{"type": "text", "text": text} for text in texts],
-            } | message.extras
+            parts_of_text = [{"type": "text", "text": text} for text in texts]
+            return {"role": message.role, "content": parts_of_text, **message.extras}
         return {"role": message.role, "content": flat(content, mark), **message.extras}
 
     def _run(self, variables: dict[str, Any]) -> list[str]:
@@ -185,14 +183,16 @@ def chatml(conversation: Conversation, mark: Mark) -> list[str]:
     if conversation.tools:
         tools = "\n".join(stable_json(tool) for tool in conversation.tools)
         printed += ("<|im_start|>system\n# Tools\n", tools, "<|im_end|>\n")
+    headers: dict[str, str] = {}  # one string a role, which is hashed once
     for message in conversation.messages:
-        content = message.content
+        content, role = message.content, message.role
         text = content if isinstance(content, str) else flat(content, mark)
         if "tool_calls" in message.extras:
             text += "".join(
                 f"\n<tool_call>\n{stable_json(call['function'])}\n</tool_call>" for call in message.extras["tool_calls"]
             )
-        printed += (f"<|im_start|>{message.role}\n", text, "<|im_end|>\n")
+        header = headers.get(role) or headers.setdefault(role, f"<|im_start|>{role}\n")
+        printed += (header, text, "<|im_end|>\n")
     if conversation.add_generation_prompt:
         printed.append("<|im_start|>assistant\n")
     return left_open(printed, conversation, mark)
