@@ -26,6 +26,8 @@ Ids = NDArray[np.uint32]
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 
+SPECIALS_PROBED = 12  # those of turns are among the first; some vocabularies reserve hundreds
+
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
 SMALL_CHARS = 8 * 1024  # fewer are tokenized in this thread: waking the tokenizer's pool takes 0.4 ms of CPU
 _SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
@@ -61,6 +63,8 @@ _NEIGHBOURS = (
     "|>",
 )
 
+_WORD_BEGINNINGS = ("a", "I", "Hello", "s", "re the", "x1", "Zß", "a\u0301", "b'c", "e\n\nf", "to_s", "A.")
+
 
 class Vocabulary:
     """A tokenizer without truncation and padding. Thread-safe."""
@@ -86,7 +90,19 @@ class Vocabulary:
 
     @cached_property
     def _words(self) -> Words:
-        return Words(lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids)
+        def encode(text: str) -> list[int]:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+
+        return Words(encode, self.cuts_lines, self._specials)
+
+    @cached_property
+    def _specials(self) -> tuple[str, ...]:
+        """Special tokens in front of which little text is cut: among them those that begin and end a turn."""
+        others = [token.content for token in self._added]
+        usable = [token.content for token in self._added if self._cuts_by_its_flags(token)]
+        apart = tuple(token for token in usable[:SPECIALS_PROBED] if _apart(token, others))
+        return apart if self.cuts_exactly(apart) else ()
 
     def _encode_one(self, text: str) -> Ids:
         return read_only(np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32))
@@ -159,8 +175,15 @@ class Vocabulary:
             " <|x|>",
             "A's",
         ]
-        rights = ["a", "I", "Hello", "s", "re the", "x1", "Zß", "a\u0301", "b'c", "e\n\nf", "to_s", "A."]
-        probes = [[left, f" {right}"] for left in lefts for right in rights]
+        probes = [[left, f" {right}"] for left in lefts for right in _WORD_BEGINNINGS]
+        return not across and self._pieces_match(probes)
+
+    @cached_property
+    def cuts_lines(self) -> bool:
+        """Whether text may also be cut between the end of a line and a letter, which the same pre-tokenizers allow."""
+        across = any(token.rstrip or re.search(r"\n([A-Za-z]|$)", token.content) for token in self._added)
+        lefts = [f"{left}{end}" for left in _NEIGHBOURS for end in ("\n", "\n\n", "\r\n", " \n", "x\n")]
+        probes = [[left, right] for left in lefts for right in _WORD_BEGINNINGS]
         return not across and self._pieces_match(probes)
 
     def _pieces_match(self, probes: Sequence[Sequence[str]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Sequence
 
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 
 _LETTERS = frozenset(string.ascii_letters)
 _VISIBLE = frozenset(string.ascii_letters + string.digits + string.punctuation)
+_LINE = r"(?<=\n)(?=[A-Za-z])"
 WORD_CHARS = 32  # longer ones hardly come again
 WORDS = 32_768  # per generation; nearly all words of a language's texts, about 6 MB
-NEW_WORDS = 64  # tokenized one by one in one text, 10 us each; after these its rest is tokenized whole
+NEW_WORDS = 64  # tokenized one by one in one text, 10 us each; where there are more, the rest is tokenized whole
 
 
 class Words:
@@ -22,10 +24,20 @@ class Words:
     two generations of words; when the younger is full it becomes the older, and what was not used since is dropped.
     """
 
-    def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
-        """`encode` is the tokenizer, without special tokens of its own adding."""
+    def __init__(
+        self, encode: Callable[[str], Sequence[int]], lines: bool = False, specials: Sequence[str] = ()
+    ) -> None:
+        """Start with an empty table.
+
+        Args:
+            encode: the tokenizer, without special tokens of its own adding.
+            lines: whether text may also be cut between a newline and a letter.
+            specials: tokens in front of which it may be cut as well.
+        """
         self._encode = encode
-        # By the hash of a word that may be cut at both its ends; of any other piece, with the space it begins with.
+        cuts = [_LINE] * lines + [f"(?={re.escape(token)})" for token in specials]
+        self._cuts = re.compile("|".join(cuts)) if cuts else None
+        # By the hash of a word with a space before it that may be cut at both its ends; of any other piece by `_key`.
         self._young: dict[int, bytes] = {}
         self._old: dict[int, bytes] = {}
 
@@ -35,27 +47,39 @@ class Words:
         known = [*map(self._young.get, map(hash, words))]  # without a loop in Python: most words are known
         known[0] = None  # it has no space before it
         found: list[bytes | None] = []
-        start = unknown = 0
+        start, new = 0, NEW_WORDS
         for at in [at for at, ids in enumerate(known) if ids is None]:
             if at < start:
                 continue
             low, high = _piece_around(at, words, start)
             found += known[start:low]
-            key, piece = _named(words, low, high)
-            ids = self._young.get(key) or self._old.get(key)
-            if ids is None and unknown == NEW_WORDS:
+            pieces = self._cut(_text(words, low, high))
+            ids = [self._known(piece) for piece in pieces]
+            new -= ids.count(None)
+            if new < 0:
                 start = len(words)
                 found.append(self._tokenized(_text(words, low, start)))
                 break
-            if ids is None:
-                unknown += 1
-                ids = self._tokenized(piece)
-            if len(piece) <= WORD_CHARS:
-                self._remember(key, ids)
-            found.append(ids)
+            found += [self._learned(piece) if one is None else one for piece, one in zip(pieces, ids, strict=True)]
             start = high
         found += known[start:]
         return np.frombuffer(b"".join(found), dtype=np.uint32)  # type: ignore[arg-type]  # no None is left
+
+    def _cut(self, text: str) -> list[str]:
+        return [text] if self._cuts is None else [piece for piece in self._cuts.split(text) if piece]
+
+    def _known(self, piece: str) -> bytes | None:
+        key = _key(piece)
+        ids = self._young.get(key)
+        if ids is None and (ids := self._old.get(key)) is not None:
+            self._remember(key, ids)
+        return ids
+
+    def _learned(self, piece: str) -> bytes:
+        ids = self._tokenized(piece)
+        if len(piece) <= WORD_CHARS:
+            self._remember(_key(piece), ids)
+        return ids
 
     def _tokenized(self, text: str) -> bytes:
         return np.array(self._encode(text), dtype=np.uint32).tobytes()
@@ -69,25 +93,24 @@ class Words:
 def _piece_around(at: int, words: Sequence[str], start: int) -> tuple[int, int]:
     """(first, past the last) of the words that belong together with `words[at]`, the first no earlier than `start`."""
     low, high = at, at + 1
-    while low > start and not _cuts(words[low - 1], words[low]):
+    while low > start and not _parts(words[low - 1], words[low]):
         low -= 1
-    while high < len(words) and not _cuts(words[high - 1], words[high]):
+    while high < len(words) and not _parts(words[high - 1], words[high]):
         high += 1
     return low, high
 
 
-def _cuts(left: str, right: str) -> bool:
-    """Whether text may be cut between two words."""
+def _parts(left: str, right: str) -> bool:
+    """Whether text may be cut in front of the space between two words."""
     return right[:1] in _LETTERS and left[-1:] in _VISIBLE
 
 
-def _named(words: Sequence[str], low: int, high: int) -> tuple[int, str]:
-    """(key, text) of a piece."""
-    text, word = _text(words, low, high), words[low]
-    if not low:
-        return hash((text,)), text
-    whole = high == low + 1 and word[:1] in _LETTERS and word[-1:] in _VISIBLE
-    return hash(word if whole else text), text
+def _key(piece: str) -> int:
+    if piece[:1] != " ":
+        return hash((piece,))
+    word = piece[1:]
+    whole = word[:1] in _LETTERS and word[-1:] in _VISIBLE and " " not in word
+    return hash(word if whole else piece)
 
 
 def _text(words: Sequence[str], low: int, high: int) -> str:

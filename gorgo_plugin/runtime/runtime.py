@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import functools
 import logging
+import operator
 import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 # Characters of a body that are read on the event loop; reading a longer one, not only tokenizing it, goes to a thread.
 PLAN_INLINE_CHARS = 256 * 1024
+_turn = operator.itemgetter("role", "content")
 OBJECT_CHARS = 64  # what a small object takes to read, in characters of text that would take as long
 STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
 SWEEPS_PER_TTL = 10  # a lost flight is released at most a tenth of its time to live late
@@ -227,7 +229,7 @@ def longer_than(body: Body, limit_chars: int) -> bool:
     if not isinstance(body, Mapping):
         return len(body) > limit_chars
     left, stack = limit_chars, list(body.values())
-    while stack:
+    while stack and left >= 0:
         value = stack.pop()
         if isinstance(value, str | bytes):
             left -= len(value)
@@ -235,12 +237,20 @@ def longer_than(body: Body, limit_chars: int) -> bool:
             left -= OBJECT_CHARS
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
-            left -= len(value)
-            if value and not isinstance(value[0], int):  # token ids: as many numbers as the list is long
+            texts = _texts(value)
+            left -= sum(map(len, texts)) + OBJECT_CHARS * len(texts) if texts else len(value)
+            if not texts and value and not isinstance(value[0], int):  # token ids: as many as the list is long
                 stack.extend(value)
-        if left < 0:
-            return True
-    return False
+    return left < 0
+
+
+def _texts(messages: Sequence[Any]) -> list[str]:
+    """The contents of messages that hold a role and a text, as most do, without a loop in Python; else nothing."""
+    try:
+        contents, fields = [content for _, content in map(_turn, messages)], {*map(len, messages)}
+    except (TypeError, KeyError, IndexError):
+        return []
+    return contents if fields == {2} and {*map(type, contents)} == {str} else []
 
 
 def _warm(router: Router) -> Router:

@@ -26,10 +26,10 @@ def whole(text: str) -> list[int]:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_known_and_unknown_words_give_the_ids_of_the_whole(text: str) -> None:
-    tokenized = Words(whole)
-    for _ in range(9):  # 500 words become known by and by
-        assert tokenized.ids(text).tolist() == whole(text)
-    assert not tokenized.ids(text).flags.writeable
+    for tokenized in (Words(whole), Words(whole, lines=True, specials=("<|im_start|>", "<|im_end|>"))):
+        for _ in range(9):  # 500 words become known by and by
+            assert tokenized.ids(text).tolist() == whole(text)
+        assert not tokenized.ids(text).flags.writeable
 
 
 def test_a_known_word_is_not_tokenized_again() -> None:
@@ -37,6 +37,20 @@ def test_a_known_word_is_not_tokenized_again() -> None:
     tokenized = Words(lambda text: asked.append(text) or whole(text))
     tokenized.ids("the cat and the dog and the bird")
     assert asked == ["the", " cat", " and", " the", " dog", " bird"]
+
+
+def test_lines_and_special_tokens_part_words() -> None:
+    asked: list[str] = []
+    tokenized = Words(lambda text: asked.append(text) or whole(text), lines=True, specials=("<|im_end|>",))
+    tokenized.ids("user\none two\nthree and two<|im_end|>\n")
+    assert asked == ["user\n", "one", " two\n", "three", " and", " two", "<|im_end|>\n"]
+
+
+def test_lines_of_unknown_words_are_mostly_tokenized_at_once() -> None:
+    asked: list[str] = []
+    tokenized = Words(lambda text: asked.append(text) or whole(text), lines=True)
+    tokenized.ids("\n".join(f"word{k}" for k in range(500)))
+    assert len(asked) == 1
 
 
 def test_a_text_of_unknown_words_is_mostly_tokenized_at_once() -> None:
