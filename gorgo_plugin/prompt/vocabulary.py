@@ -182,7 +182,7 @@ class Vocabulary:
     def cuts_lines(self) -> bool:
         """Whether text may also be cut between the end of a line and a letter, which the same pre-tokenizers allow."""
         across = any(token.rstrip or re.search(r"\n([A-Za-z]|$)", token.content) for token in self._added)
-        lefts = [f"{left}{end}" for left in _NEIGHBOURS for end in ("\n", "\n\n", "\r\n", " \n", "x\n")]
+        lefts = ("\n", "\n\n", "\r\n", " \n", "\t\n", "x\n", "x \n\n", ".\n", "é\n", "1\n", "\n \n", "<|x|>\n")
         probes = [[left, right] for left in lefts for right in _WORD_BEGINNINGS]
         return not across and self._pieces_match(probes)
 

@@ -20,8 +20,11 @@ TEXTS = [
 ]
 
 
+TOKENIZER = embedded_tokenizer().tokenizer
+
+
 def whole(text: str) -> list[int]:
-    return embedded_tokenizer().tokenizer.encode(text, add_special_tokens=False).ids
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("text", TEXTS)
