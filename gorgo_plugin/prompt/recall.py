@@ -105,10 +105,12 @@ class Recall:
         """What is known of a prompt made of these stretches, none of which merges with its neighbours."""
         parts: list[Ids | _Chunk] = []
         for stretch in stretches:
-            if isinstance(stretch, list):
-                parts += self._turns(model, stretch) if model.cuts else self._text(model, "".join(stretch))
+            if isinstance(stretch, list) and stretch and model.cuts:
+                parts += self._turns(model, stretch)
+            elif isinstance(stretch, str | list):
+                parts += self._text(model, "".join(stretch))
             else:
-                parts += self._text(model, stretch) if isinstance(stretch, str) else (stretch,)
+                parts.append(stretch)
         return Recalled(parts, model.vocabulary, self._cache)
 
     def _text(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:

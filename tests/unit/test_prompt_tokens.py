@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from gorgo_plugin import Settings
 from gorgo_plugin.prompt import PromptBuilder
 from gorgo_plugin.prompt.cuts import PIECE_CHARS
+from gorgo_plugin.prompt.sources import embedded_tokenizer
 from tests import prompt_tokenizers as small
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -248,6 +249,27 @@ def test_a_special_token_that_another_added_token_overlaps_does_not_cut(tmp_path
     messages = [{"role": "user", "content": "Hi!<|im_start|>x"}, {"role": "user", "content": "x"}]
     ids = tokenizer.encode(rendered(small.CHATML, messages), add_special_tokens=False).ids
     assert builder.prepare({"messages": messages}, CHAT).tokens.tolist() == ids
+
+
+@pytest.mark.parametrize("content", ["", "x"])
+def test_a_template_may_print_nothing(tmp_path: Path, content: str) -> None:
+    template = "{% for m in messages if m.content %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    builder = PromptBuilder(Settings(tokenizer=small.save(tmp_path, small.chatml(), template)), secret=b"test")
+    assert builder.describe("")["cut_tokens"]
+    assert (len(builder.prepare({"messages": [{"role": "user", "content": content}]}, CHAT)) > 0) == bool(content)
+
+
+def test_long_conversations_come_out_of_chunks_as_out_of_the_whole() -> None:
+    builder = PromptBuilder(Settings(), secret=b"test")
+    sizes = [10, 9_000, 300, 50, 20_000, 5, 700, 8_300, 8_100, 90, 400] * 3
+    messages = [{"role": "user", "content": f"{number} " + "word " * (size // 5)} for number, size in enumerate(sizes)]
+    for _ in range(3):  # new, known in pieces, known in chunks
+        for count in range(1, len(messages) + 1):
+            tokens = builder.prepare({"messages": messages[:count]}, CHAT).tokens
+    whole = "".join(f"<|im_start|>user\n{message['content']}<|im_end|>\n" for message in messages)
+    ids = embedded_tokenizer().tokenizer.encode(whole + "<|im_start|>assistant\n", add_special_tokens=False).ids
+    assert tokens.tolist() == ids
+    assert builder.plan({"messages": messages}, CHAT).cold_chars == 0
 
 
 def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(tmp_path: Path) -> None:
