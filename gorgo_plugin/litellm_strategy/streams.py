@@ -23,7 +23,7 @@ HELD_EVENTS = 8  # events that may come before the first content; a responses st
 class Begun:
     """A stream whose first events were read ahead. It is taken for the stream itself: LiteLLM looks at its class."""
 
-    __slots__ = ("_gorgo_held", "_gorgo_stream")
+    __slots__ = ("__weakref__", "_gorgo_held", "_gorgo_stream")
 
     def __init__(self, stream: AsyncIterator[Any], held: deque[Any]) -> None:
         object.__setattr__(self, "_gorgo_stream", stream)

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from gorgo_plugin import Settings
-from gorgo_plugin.prompt import PromptBuilder, cuts
+from gorgo_plugin.prompt import PromptBuilder, cuts, recall
 from gorgo_plugin.prompt.cuts import chunk_spans, cut_text
 from gorgo_plugin.prompt.sources import embedded_tokenizer
 from gorgo_plugin.prompt.vocabulary import Vocabulary
@@ -141,6 +141,21 @@ def test_the_embedded_tokenizer_gives_the_ids_of_the_whole(messages: list[dict[s
     turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
     expected = tokenizer.encode("".join(turns) + "<|im_start|>assistant\n", add_special_tokens=False).ids
     assert builder.prepare({"messages": messages}, "/v1/chat/completions").tokens.tolist() == expected
+
+
+@settings(max_examples=60)
+@given(messages=MESSAGES)
+def test_a_growing_conversation_gives_the_ids_of_the_whole_however_small_its_chunks(
+    messages: list[dict[str, str]],
+) -> None:
+    builder, tokenizer = embedded()
+    sizes = {"CHUNK_CHARS": 60, "LONG_CHARS": 30, "PIECE_CHARS": 8}
+    with patch.multiple(recall, **sizes):
+        for _ in range(3):  # new, known in pieces, known in chunks
+            for count in range(1, len(messages) + 1):
+                ids = builder.prepare({"messages": messages[:count]}, "/v1/chat/completions").tokens.tolist()
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    assert ids == tokenizer.encode("".join(turns) + "<|im_start|>assistant\n", add_special_tokens=False).ids
 
 
 @cache
