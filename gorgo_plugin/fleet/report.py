@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gorgo_plugin.fleet.demo import DemoSettings, RowResult, Workload
+from gorgo_plugin.fleet.machine import machine
 from gorgo_plugin.fleet.statistics import Ratio, RunSummary, summarise_run, ttft_ratio
 from gorgo_plugin.fleet.topology import REGIONS
 from gorgo_plugin.fleet.workload import summarise
@@ -25,7 +23,6 @@ REFERENCE = "gorgo"  # the row the others are compared with
 RATIO_PERCENTILES = (50, 95)
 LATE_MS = 50.0  # a load generator later than this shares the blame for what it measures
 _LITELLM_MARK = "*"
-_PACKAGES = ("gorgo-plugin", "litellm", "aiohttp", "tokenizers", "numpy", "uvicorn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +149,7 @@ def write_json(
     content = {
         "command": " ".join(["gorgo", *sys.argv[1:]]),
         "settings": {**asdict(settings), "trace": settings.trace and str(settings.trace), "out": str(settings.out)},
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "machine": machine(),
         "workload": describe_workload(workload),
         "fleet": {"kv_tokens": workload.kv_tokens, "regions": [asdict(region) for region in REGIONS]},
         "conclusion": conclusion(rows),
@@ -169,13 +165,6 @@ def write_json(
         ],
     }
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def write_plot(path: Path, results: Sequence[RowResult], rows: Sequence[Line]) -> None:

@@ -118,7 +118,7 @@ def test_every_figure_is_written_down_and_the_plot_is_a_picture(tmp_path: Path) 
     assert [row["name"] for row in written["rows"]] == ["nearest", "gorgo"]
     assert len(written["rows"][0]["outcomes"]) == 300
     assert written["rows"][0]["ratios"]["p95"]["high"] < 1
-    assert written["versions"]["litellm"]
+    assert written["machine"]["versions"]["litellm"]
     assert written["workload"]["reuse"] > 0
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
