@@ -113,7 +113,8 @@ class Plugin:
     async def answered(self, kwargs: Mapping[str, Any], answer: Any) -> Any:
         """See an attempt through to its first token where gorgo routed it and the answer is a stream."""
         request = self.ledger.find(kwargs) if isinstance(answer, AsyncIterator) else None
-        if request is None or request.attempt is None or not request.attempt.streamed:
+        attempt = None if request is None else request.attempt
+        if request is None or attempt is None or attempt.closed is not None or not attempt.streamed:
             return answer
         request.answering = True
         try:
@@ -123,7 +124,7 @@ class Plugin:
             raise
         finally:
             request.answering = False
-        if content:
+        if content and request.attempt is not None:  # perhaps another one: some streams begin anew by themselves
             request.attempt.first_token()
         return stream
 
