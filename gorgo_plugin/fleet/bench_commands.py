@@ -38,7 +38,7 @@ def bench_litellm(rounds: int, out: Path) -> None:
     for old in out.glob("*.watch"):
         old.unlink()
     with console.status("starting") as status:
-        overheads = asyncio.run(bench_overhead(out, rounds, status.update))
+        overheads = asyncio.run(bench_overhead(out, rounds, status.update, console.print))
         loops = asyncio.run(bench_loop(out, rounds, status.update))
     costs = Table(title=f"gorgo over simple-shuffle on the same LiteLLM, {rounds} interleaved rounds")
     for heading in ("load", "CPU", "in total", "throughput", "in total", "CPU ms a request", "p50 ms"):

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ OURS, THEIRS = ROWS["gorgo"], ROWS["simple-shuffle"]
 UPSTREAMS = 3
 BASE_WORDS = 18_000
 TURN_WORDS = 100
-# A round in which a proxy dies is done again, twice at most: on CPython 3.11 LiteLLM's finalizers can crash the
-# interpreter (python/cpython issue 148891), about once in ten thousand streamed requests.
+# A round in which a proxy dies is done again, and said so, twice at most: on CPython 3.11 LiteLLM's finalizers can
+# crash the interpreter (python/cpython issue 148891).
 FAILED_ROUNDS = 2
 KV_TOKENS = 10_000_000  # instant upstreams have no cache to overflow
 
@@ -220,7 +219,9 @@ def _config(row: Row, urls: dict[str, str], watched: bool) -> dict[str, Any]:
     return config
 
 
-async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None]) -> list[Overhead]:
+async def bench_overhead(
+    folder: Path, rounds: int, done: Callable[[str], None], failed: Callable[[str], None]
+) -> list[Overhead]:
     """CPU per request and throughput of both proxies, in turn, `rounds` times for each load.
 
     Each round starts both anew: two processes that do the same differ by some percent for as long as they live, by how
@@ -231,8 +232,9 @@ async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None])
     left, failures = rounds, 0
     while left:
         try:
-            measured = await _round(folder, talks, partial(_say, done, f"round {rounds - left + 1} of {rounds}"))
-        except ProcessError:
+            measured = await _round(folder, talks, f"round {rounds - left + 1} of {rounds}", done)
+        except ProcessError as error:
+            failed(f"round {rounds - left + 1} begins anew: {error}")
             failures += 1
             if failures > FAILED_ROUNDS:
                 raise
@@ -243,18 +245,16 @@ async def bench_overhead(folder: Path, rounds: int, done: Callable[[str], None])
     return [overhead(name, slices[name, OURS.name], slices[name, THEIRS.name]) for name in LOADS]
 
 
-def _say(done: Callable[[str], None], what: str, load: str) -> None:
-    done(f"{what}: {load}")
-
-
-async def _round(folder: Path, talks: Conversations, done: Callable[[str], None]) -> dict[tuple[str, str], list[Slice]]:
+async def _round(
+    folder: Path, talks: Conversations, number: str, done: Callable[[str], None]
+) -> dict[tuple[str, str], list[Slice]]:
     slices: dict[tuple[str, str], list[Slice]] = {}
     async with _both(folder) as proxies:
         await measure(proxies, WARM_UP, talks)  # imports, connections and the first cold prompt
         for name, load in LOADS.items():
             for row, measured in (await measure(proxies, load, talks)).items():
                 slices[name, row] = measured
-            done(name)
+            done(f"{number}: {name}")
     return slices
 
 

@@ -61,11 +61,11 @@ async def begin(stream: AsyncIterator[Any]) -> tuple[AsyncIterator[Any], bool]:
     held: deque[Any] = deque()
     content = False
     try:
-        while not content and len(held) < HELD_EVENTS:
-            held.append(await anext(stream))
-            content = has_content(held[-1])
-    except StopAsyncIteration:
-        pass
+        async for event in stream:
+            held.append(event)
+            content = has_content(event)
+            if content or len(held) == HELD_EVENTS:
+                break
     except BaseException:
         with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
             await stream.aclose()  # type: ignore[attr-defined]  # those of LiteLLM's streams that hold a connection

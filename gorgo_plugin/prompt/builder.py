@@ -167,8 +167,9 @@ class PromptBuilder:
                 stretches.append(_token_ids(item, prompts.field))
                 continue
             before, after = model.vocabulary.affixes if prompts.add_special_tokens else (EMPTY, EMPTY)
-            stretches += [before, well_formed(item), after]
-            exact = exact and is_well_formed(item) and model.exact
+            valid = is_well_formed(item)
+            stretches += [before, item if valid else well_formed(item), after]
+            exact = exact and valid and model.exact
         return stretches, exact
 
     def _digest(self, data: bytes, kind: bytes) -> bytes:

@@ -24,9 +24,8 @@ from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 
 EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
 
-Stretch = (
-    str | list[str] | Ids
-)  # text that grows at its end, text as a template printed it, or the ids of what is no text
+# Text that may grow at its end, text in the pieces a template printed, or the ids of what is no text.
+Stretch = str | list[str] | Ids
 
 
 class _Part(NamedTuple):

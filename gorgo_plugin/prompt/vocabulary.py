@@ -25,9 +25,7 @@ from gorgo_plugin.prompt.words import Words
 Ids = NDArray[np.uint32]
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
-
 SPECIALS_PROBED = 12  # those of turns are among the first; some vocabularies reserve hundreds
-
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
 SMALL_CHARS = 8 * 1024  # fewer are tokenized in this thread: waking the tokenizer's pool takes 0.4 ms of CPU
 _SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
