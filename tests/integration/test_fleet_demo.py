@@ -63,7 +63,7 @@ async def test_requests_leave_at_their_times_whatever_became_of_those_before() -
     async with target(one_at_a_time) as to:
         outcomes = await replay(to, planned)
     assert time.monotonic() - began > 2.0  # arrivals are over after half a second
-    assert max(outcome.late_ms for outcome in outcomes) < 100.0
+    assert max(outcome.late_ms for outcome in outcomes) < 400.0
 
 
 async def test_a_request_that_is_refused_or_meets_nobody_is_an_error_not_a_measurement() -> None:

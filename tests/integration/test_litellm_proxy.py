@@ -214,7 +214,7 @@ def test_a_stream_that_breaks_before_its_first_token_is_tried_elsewhere(
     bad.behaviour.break_after_tokens = events if path != "/v1/chat/completions" else min(events, 1)
     answer = ask(gateway, path, body)
     assert "w3" in answer.text
-    assert answer.text.count("w0") == 1
+    assert answer.text.count("w0 ") == 1  # a random id may hold the letters, but no space
     assert answer.headers["x-gorgo-replica"] == good.name
     assert (len(bad.requests), len(good.requests)) == (2, 1)
     assert gateway.status()["replicas"][bad.name]["health"]["failures_in_a_row"] >= 1

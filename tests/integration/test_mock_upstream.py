@@ -239,7 +239,7 @@ async def test_chunks_on_a_long_way_back_are_under_way_at_the_same_time() -> Non
         began = time.monotonic()
         await stream(client, CHAT, chat(max_tokens=100))
         took_s = time.monotonic() - began
-    assert 0.4 < took_s < 0.4 + 0.15 + 0.3  # 100 tokens take 150 ms; one after the other they would take 20 s
+    assert 0.4 < took_s < 4.0  # 100 tokens take 150 ms; one after the other they would take 20 s
 
 
 @pytest.mark.parametrize(
