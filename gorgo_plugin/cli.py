@@ -21,7 +21,9 @@ class _Lazy(NamedTuple):
 COMMANDS = {
     "bench": _Lazy("gorgo_plugin.fleet.bench_commands", "bench", "demo"),
     "demo": _Lazy("gorgo_plugin.fleet.commands", "demo", "demo"),
+    "envoy-config": _Lazy("gorgo_plugin.envoy_ext_proc.commands", "envoy_config", "envoy"),
     "explain": _Lazy("gorgo_plugin.explain", "explain", "litellm"),
+    "ext-proc": _Lazy("gorgo_plugin.envoy_ext_proc.commands", "ext_proc", "envoy"),
     "mock-upstream": _Lazy("gorgo_plugin.fleet.commands", "mock_upstream", "demo"),
 }
 

@@ -223,16 +223,28 @@ class Router:
             elif kind == "invalid":
                 self._health.answered(flight.slot)
 
-    def moved(self, flight_id: int, replica: str) -> None:
-        """The gateway itself sent the flight to another replica: credit and load follow it there."""
+    def moved(self, flight_id: int, replica: str, failed: bool = True) -> None:
+        """The gateway itself sent the flight to another replica: credit and load follow it there.
+
+        Args:
+            flight_id: of the attempt.
+            replica: where it is now.
+            failed: the replica it left did not serve it, which speaks against it; not so when it was never asked.
+        """
         with self._lock:
             flight, slot = self._known(flight_id), self._replicas.slot(replica)
             if flight is None or slot is None or slot == flight.slot:
                 return
+            now = self._clock()
+            if failed:
+                self._health.failed(flight.slot, flight.dispatched_s, now)
+            else:
+                self._health.ended(flight.slot, flight_id)
             model = self._model(flight.model)
             if flight.credit is not None:
                 model.index.revoke(flight.credit)
-            self._flights.move(flight, slot, self._clock())
+            self._flights.move(flight, slot, now)
+            self._health.dispatched(slot, flight_id, now)
             flight.credit = model.index.credit(slot, flight.hashes)
             flight.learned = True  # its times span two replicas
 

@@ -10,11 +10,32 @@ import difflib
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gorgo_plugin.errors import SettingsError
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def _tcp_address(address: str) -> str:
+    """`host:port`, with an IPv6 host in brackets."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535 or (":" in host and not host.startswith("[")):
+        raise ValueError("expected host:port")
+    return address
+
+
+def _address(address: str) -> str:
+    """`host:port` or `unix:/path`."""
+    if address.startswith("unix:"):
+        if not address.startswith("unix:/"):
+            raise ValueError("expected unix:/path")
+        return address
+    return _tcp_address(address)
+
+
+TcpAddress = Annotated[str, AfterValidator(_tcp_address)]
+Address = Annotated[str, AfterValidator(_address)]
 PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -132,6 +153,83 @@ class PrepareSettings(_Schema):
     """Tokens an image counts as (576: 336 pixels in patches of 14). Engines differ, so its prompt is not `exact`."""
 
 
+class EnvoyTlsSettings(_Schema):
+    """TLS between Envoy and the service; with `client_ca_file` mutual. All are paths of PEM files."""
+
+    cert_file: str
+    """Certificate the service shows."""
+    key_file: str
+    """Its key."""
+    client_ca_file: str | None = None
+    """Whose certificates Envoy must show; none given: any client may connect."""
+    ca_file: str
+    """What Envoy verifies the service by."""
+    server_name: str = "gorgo"
+    """Name in the service's certificate."""
+    envoy_cert_file: str | None = None
+    """Certificate Envoy shows, where `client_ca_file` wants one."""
+    envoy_key_file: str | None = None
+    """Its key."""
+
+    @model_validator(mode="after")
+    def _envoy_has_what_the_service_wants(self) -> Self:
+        if (self.envoy_cert_file is None) != (self.envoy_key_file is None):
+            raise ValueError("envoy_cert_file and envoy_key_file go together; one of them is missing")
+        if self.client_ca_file is not None and self.envoy_cert_file is None:
+            raise ValueError("with client_ca_file, envoy_cert_file and envoy_key_file are required")
+        return self
+
+
+class EnvoySettings(_Schema):
+    """The external-processing service, and the envoy.yaml that `gorgo envoy-config` writes for it."""
+
+    listen: Address = "127.0.0.1:50051"
+    """Where the service listens for Envoy: host:port, or unix:/path of a socket."""
+    status_listen: TcpAddress | None = "127.0.0.1:9191"
+    """Where `/metrics`, `/gorgo/status` and `/gorgo/explain` are served, without a key: keep it private. null: nowhere.
+    """
+    tls: EnvoyTlsSettings | None = None
+    """TLS between Envoy and the service; none given: plain text, which a loopback or a Unix socket does not leave."""
+    request_stream_usage: bool = False
+    """Ask for the usage of streams whose client did not: exact learning, one more chunk for the client, and every chunk
+    is read by the service."""
+    max_body_bytes: Annotated[int, Field(ge=65_536, le=1_073_741_824)] = 32 * 2**20
+    """Largest request body, compressed or not. Envoy answers 413 to a longer one; one that unpacks to more is served
+    unrouted."""
+    message_timeout_s: PositiveSeconds = 0.25
+    """How long Envoy waits for the service before it serves a request unrouted."""
+    max_message_timeout_s: PositiveSeconds = 2.0
+    """How long the service may ask Envoy to wait for a long prompt it has never seen."""
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """After SIGTERM: seconds in which the service is reported as not serving and still serves; two health checks."""
+    grace_s: PositiveSeconds = 30.0
+    """After that: seconds in which requests under way may end before their streams are closed."""
+    gateway_listen: TcpAddress = "127.0.0.1:10000"
+    """Where the generated Envoy listens for clients."""
+    admin_listen: TcpAddress | None = "127.0.0.1:9901"
+    """Where the generated Envoy serves its admin page; null: nowhere."""
+    health_path: str | None = "/health"
+    """What the generated Envoy asks replicas to see whether they are well; null: nothing."""
+    health_interval_s: PositiveSeconds = 2.0
+    """Seconds between those questions; two unanswered ones take a replica out."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    """How often Envoy tries a request elsewhere that has no response headers yet."""
+    try_idle_timeout_s: PositiveSeconds | None = None
+    """Seconds without a byte after which Envoy tries elsewhere; none given: never, as a long answer that is not
+    streamed is silent for minutes."""
+    replica_idle_s: PositiveSeconds = 4.0
+    """Idle connections to replicas are closed after this long; less than the 5 s after which vLLM's server closes them,
+    or a request meets a closing connection. Raise it together with VLLM_HTTP_TIMEOUT_KEEP_ALIVE."""
+    replica_ca_file: str = "/etc/ssl/certs/ca-certificates.crt"
+    """What Envoy verifies https replicas by."""
+
+    @model_validator(mode="after")
+    def _timeouts_are_in_order(self) -> Self:
+        if self.max_message_timeout_s < self.message_timeout_s:
+            raise ValueError("max_message_timeout_s: must not be less than message_timeout_s")
+        return self
+
+
 class Settings(_Schema):
     """The whole configuration of a router."""
 
@@ -160,6 +258,7 @@ class Settings(_Schema):
     metrics: MetricsSettings = MetricsSettings()
     health: HealthSettings = HealthSettings()
     prepare: PrepareSettings = PrepareSettings()
+    envoy: EnvoySettings = EnvoySettings()
     flight_ttl_s: PositiveSeconds = 900.0
     """A flight open longer than this is released by the sweep; longer than any gateway's request timeout."""
     response_headers: Literal["none", "region", "debug"] = "region"

@@ -12,8 +12,9 @@ from typing import Any
 from litellm.integrations.custom_logger import CustomLogger
 
 from gorgo_plugin.litellm_strategy.ledger import Request
-from gorgo_plugin.litellm_strategy.outcomes import failure_kind, usage_of
+from gorgo_plugin.litellm_strategy.outcomes import failure_kind
 from gorgo_plugin.litellm_strategy.plugin import Plugin
+from gorgo_plugin.runtime.outcomes import usage_of
 
 # Calls whose streamed usage is always the engine's own. Elsewhere LiteLLM counts by itself unless it asked for usage.
 _STREAMS_WITH_USAGE = frozenset({"anthropic_messages", "aresponses", "responses"})

@@ -21,91 +21,50 @@ from typing import Any, NamedTuple
 
 from cachetools import LRUCache
 
-from gorgo_plugin.decision import Cost, Decision, Prompt
-from gorgo_plugin.litellm_strategy.outcomes import Usage, failure_kind
+from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.litellm_strategy.outcomes import failure_kind
 from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.attempts import Attempt
+from gorgo_plugin.runtime.outcomes import Usage
 
 CALL_IDS = 16_384  # calls that wait for their log event, more than a process can have under way; 1 kB each
 LATE_EVENT_S = 5.0  # log events of the SDK come from a worker or thread, when the request's own context may be gone
 
 
-class Attempt:
-    """One request at one replica.
+class LiteLLMAttempt(Attempt):
+    """An attempt of LiteLLM's, of which nothing holds until it was dispatched.
 
     Attributes:
-        flight_id: its flight in the router.
-        replica, region: where it is.
-        cost: what it was predicted to cost.
         opened_s: wall clock of the dispatch, which LiteLLM's events are stamped with.
         dispatched: LiteLLM did call the deployment; a limit or a cached answer can keep it from that.
-        streamed: the first token of its answer will be seen.
-        closed: how it ended: `finished` or a kind of failure; None while it has not.
     """
 
     def __init__(self, runtime: Runtime, decision: Decision, prompt: Prompt, unseen: bool = False) -> None:
-        # Not the decision itself: it holds on to the prompt, and records outlive their requests.
-        self.flight_id, self.replica, self.region = decision.flight_id, decision.replica, decision.region
-        self.cost: Cost = decision.costs[decision.replica]
+        super().__init__(runtime, decision, prompt)
         self.opened_s = time.time()
-        self.streamed = prompt.stream
         self.dispatched = False
-        self.closed: str | None = None
-        self._runtime = runtime
-        self._router = runtime.router
-        self._model = prompt.model
-        self._started_s = time.monotonic()
-        self._began = False
-        self._usage_seen = False
         self._unseen = unseen
-
-    @property
-    def runtime(self) -> Runtime:
-        """The runtime that routed it."""
-        return self._runtime
 
     def first_token(self) -> None:
         """The first token of a streamed answer has been seen."""
-        if self._began or self.closed is not None or not self.dispatched:
-            return
-        self._began = True
-        self._router.first_token(self.flight_id)
-        ttft_s, predicted_s = time.monotonic() - self._started_s, self.cost.predicted_ttft_ms / 1000.0
-        self._runtime.metrics.first_token(self.replica, self._model, ttft_s, predicted_s)
+        if self.dispatched:
+            super().first_token()
 
     def usage(self, usage: Usage) -> None:
-        """What the engine counted. Nothing is believed of an attempt that failed or of a count of zero."""
-        if self._usage_seen or not usage.prompt_tokens or not self.dispatched or self.closed not in (None, "finished"):
-            return
-        self._usage_seen = True
-        self._router.usage(
-            self.flight_id,
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            output_tokens=usage.output_tokens,
-        )
-        self._runtime.metrics.usage(
-            self.replica, self._model, usage.prompt_tokens, self.cost.cached_tokens, usage.cached_tokens
-        )
+        """What the engine counted."""
+        if self.dispatched:
+            super().usage(usage)
 
     def finish(self) -> None:
-        """The answer is complete."""
-        if self.closed is not None:
-            return
-        if not self.dispatched:  # LiteLLM's own cache answered
+        """The answer is complete; one that was never dispatched came from LiteLLM's own cache."""
+        if self.dispatched:
+            super().finish()
+        else:
             self.fail("disconnect")
-            return
-        self.closed = "finished"
-        self._router.finish(self.flight_id)
 
     def fail(self, kind: str) -> None:
-        """The attempt ended without a complete answer; `kind` as in `Router.fail`."""
-        if self.closed is not None:
-            return
-        if not self.dispatched and kind != "disconnect":
-            kind = "disconnect"  # a limit of LiteLLM's own stopped it: nothing was learned of the replica
-        self.closed = kind
-        self._router.fail(self.flight_id, kind)
-        self._runtime.metrics.failed(self.replica, kind)
+        """The attempt ended without a complete answer; before its dispatch, nothing was learned of the replica."""
+        super().fail(kind if self.dispatched else "disconnect")
 
     def lose(self) -> None:
         """The request is gone and nothing told how it ended; where nothing ever tells, it was most likely answered."""
@@ -130,13 +89,13 @@ class Request:
 
     _ids = itertools.count(1)
 
-    def __init__(self, trace_id: object = None, dropped: Callable[[Attempt], None] | None = None) -> None:
+    def __init__(self, trace_id: object = None, dropped: Callable[[LiteLLMAttempt], None] | None = None) -> None:
         self._dropped = dropped
         self.request_id = f"litellm-{next(Request._ids)}"
         self.trace_id = trace_id
         self.call_id: str | None = None
         self.logging_key: int | None = None  # of the logging object that stands for it now
-        self.attempt: Attempt | None = None
+        self.attempt: LiteLLMAttempt | None = None
         self.answering = False
         self.tried: set[str] = set()
         self.prompts: dict[tuple[str, str], Prompt] = {}
@@ -167,7 +126,7 @@ class Request:
 class _Lost(NamedTuple):
     """A request that is gone: its attempt, the call id that is free again, and from when on it counts as ended."""
 
-    attempt: Attempt | None
+    attempt: LiteLLMAttempt | None
     call_id: str | None
     due_s: float
 
@@ -177,7 +136,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._by_logging: dict[int, tuple[weakref.ref[Any], Request]] = {}
-        self._by_call: LRUCache[str, Attempt | None] = LRUCache(CALL_IDS)
+        self._by_call: LRUCache[str, LiteLLMAttempt | None] = LRUCache(CALL_IDS)
         self._calls_lock = threading.Lock()
         self._lost: deque[_Lost] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -244,7 +203,7 @@ class Ledger:
             clash = known is None or (known is not attempt and known.closed is None)
             self._by_call[call_id] = None if clash else attempt
 
-    def of_call(self, call_id: object) -> Attempt | None:
+    def of_call(self, call_id: object) -> LiteLLMAttempt | None:
         """The attempt that a log event of `call_id` belongs to."""
         if not isinstance(call_id, str):
             return None
@@ -275,7 +234,7 @@ class Ledger:
         if request.attempt is not None and request.attempt.closed is None:
             self._collect_later(0.0)
 
-    def _drop(self, attempt: Attempt) -> None:
+    def _drop(self, attempt: LiteLLMAttempt) -> None:
         self._lost.append(_Lost(attempt, None, time.monotonic() + LATE_EVENT_S))
         self._collect_later(LATE_EVENT_S)
 

@@ -151,18 +151,7 @@ class Plugin:
         """Headers of an answer, by `response_headers`; None for an answer that gorgo did not route."""
         if request is None or request.attempt is None:
             return None
-        attempt = request.attempt
-        shown = attempt.runtime.settings.response_headers
-        if shown == "none":
-            return None
-        headers = {"x-gorgo-region": attempt.region}
-        if shown == "debug":
-            headers |= {
-                "x-gorgo-replica": attempt.replica,
-                "x-gorgo-predicted-ttft-ms": f"{attempt.cost.predicted_ttft_ms:.1f}",
-                "x-gorgo-cached-tokens": str(attempt.cost.cached_tokens),
-            }
-        return headers
+        return request.attempt.headers() or None
 
     def status(self) -> dict[str, Any]:
         """What `/gorgo/status` answers: the state of the default group, `flights` over all, the others beside it."""

@@ -14,7 +14,7 @@ from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.litellm_strategy import patch
 from gorgo_plugin.litellm_strategy.calls import Call, read_call
 from gorgo_plugin.litellm_strategy.deployments import Deployment, Seat, deployment_id
-from gorgo_plugin.litellm_strategy.ledger import Attempt, Ledger, Request
+from gorgo_plugin.litellm_strategy.ledger import Ledger, LiteLLMAttempt, Request
 from gorgo_plugin.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -205,13 +205,13 @@ class _Choice:
             replica = self._selector.seats[deployment_id(chosen)].replica
             if replica is not None:  # what becomes of it there teaches all the same
                 decision = router.route(prompt, [replica], request_id=request.request_id)
-                request.attempt = Attempt(runtime, decision, prompt, call.unseen)
+                request.attempt = LiteLLMAttempt(runtime, decision, prompt, call.unseen)
             self._take(chosen)
             return
         decision = router.route(prompt, candidates, request_id=request.request_id)
         runtime.metrics.decided(decision, prompt.model, time.perf_counter() - started)
         chosen = self._shuffled(self._priced[decision.replica])
-        request.attempt = Attempt(runtime, decision, prompt, call.unseen)
+        request.attempt = LiteLLMAttempt(runtime, decision, prompt, call.unseen)
         self._take(chosen)
 
     def _shuffled(self, deployments: Sequence[Deployment]) -> Deployment:

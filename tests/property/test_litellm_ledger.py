@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gorgo_plugin import Prompt, Settings
-from gorgo_plugin.litellm_strategy.ledger import Attempt, Ledger
-from gorgo_plugin.litellm_strategy.outcomes import Usage
+from gorgo_plugin.litellm_strategy.ledger import Ledger, LiteLLMAttempt
 from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.outcomes import Usage
 
 REPLICAS = [{"name": name, "url": f"http://{name}:1"} for name in ("a", "b")]
 RUNTIME = Runtime(Settings.model_validate({"replicas": REPLICAS}))
@@ -57,7 +57,7 @@ def test_at_the_end_no_flight_is_open_and_none_was_ended_twice(events: list[tupl
 def _select(ledger: Ledger, trace_id: str, logging: LoggingObject | None) -> None:
     request = ledger.begin({"litellm_trace_id": trace_id, "litellm_logging_obj": logging})
     prompt = Prompt(range(100), model="m")
-    request.attempt = Attempt(RUNTIME, RUNTIME.router.route(prompt, request_id=request.request_id), prompt)
+    request.attempt = LiteLLMAttempt(RUNTIME, RUNTIME.router.route(prompt, request_id=request.request_id), prompt)
 
 
 def _tell(ledger: Ledger, event: str, call_id: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from gorgo_plugin import Prompt, Settings
-from gorgo_plugin.litellm_strategy.ledger import Attempt, Ledger, Request
-from gorgo_plugin.litellm_strategy.outcomes import Usage
+from gorgo_plugin.litellm_strategy.ledger import Ledger, LiteLLMAttempt, Request
 from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.outcomes import Usage
 
 
 class LoggingObject:
@@ -37,10 +37,10 @@ def ledger() -> Ledger:
     return Ledger()
 
 
-def attempt(runtime: Runtime, request: Request, unseen: bool = False) -> Attempt:
+def attempt(runtime: Runtime, request: Request, unseen: bool = False) -> LiteLLMAttempt:
     prompt = Prompt(range(200), model="m")
     decision = runtime.router.route(prompt, request_id=request.request_id)
-    request.attempt = Attempt(runtime, decision, prompt, unseen)
+    request.attempt = LiteLLMAttempt(runtime, decision, prompt, unseen)
     return request.attempt
 
 
@@ -120,7 +120,7 @@ def test_a_request_whose_context_is_gone_is_over_when_its_late_events_had_their_
 ) -> None:
     monkeypatch.setattr("gorgo_plugin.litellm_strategy.ledger.LATE_EVENT_S", late_event_s)
 
-    def select() -> Attempt:
+    def select() -> LiteLLMAttempt:
         one = attempt(runtime, ledger.begin({"litellm_trace_id": "t"}))
         ledger.dispatch("call")
         return one

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gorgo_plugin.litellm_strategy.outcomes import Usage, failure_kind, has_content, usage_of
+from gorgo_plugin.litellm_strategy.outcomes import failure_kind, has_content
+from gorgo_plugin.runtime.outcomes import Usage, usage_of
 
 REQUEST = httpx.Request("POST", "http://a:1")
 

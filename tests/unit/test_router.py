@@ -270,6 +270,20 @@ def test_a_moved_flight_takes_credit_and_load_along(router: Router) -> None:
     assert (costs["us"].cached_tokens, costs["ap"].cached_tokens) == (0, 7984)
 
 
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_replica_that_a_flight_was_moved_from_is_left_out_when_it_failed(router: Router, failed: bool) -> None:
+    router.moved(router.route(prompt()).flight_id, "ap", failed=failed)
+    health = router.snapshot()["replicas"]["us"]["health"]
+    assert (health["available"], health["failures_in_a_row"]) == (not failed, int(failed))
+
+
+def test_a_trial_that_is_moved_leaves_the_next_trial_free(router: Router, clock: Clock) -> None:
+    router.fail(router.route(prompt(), candidates=["us"]).flight_id, "rejected")
+    clock.now_s += 1.5
+    router.moved(router.route(prompt(), candidates=["us"]).flight_id, "ap", failed=False)
+    assert router.snapshot()["replicas"]["us"]["health"]["available"]
+
+
 def test_a_flight_that_everybody_lost_sight_of_is_swept(router: Router, clock: Clock) -> None:
     router.route(prompt())
     clock.now_s += 901.0

@@ -1,0 +1,76 @@
+"""Answers as they pass by in pieces: where the first token is, and what usage the end reports."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
+from gorgo_plugin.runtime.outcomes import Usage, usage_of
+
+TAIL_BYTES = 64 * 1024  # kept of an answer; usage stands in its last event, or near the end of its JSON
+USAGE_BYTES = 4096  # longer than any engine's usage object
+
+# What the first piece with a token holds. Responses and messages open their streams before there is one.
+_FIRST_TOKEN = {CHAT: b"data:", COMPLETIONS: b"data:", RESPONSES: b".delta", MESSAGES: b"content_block_delta"}
+# An object under that key; in a string of the answer itself the quotes would be escaped.
+_USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
+_OPENING_USAGE = re.compile(rb'"message_start".*?(?<!\\)"usage"\s*:\s*(?=\{)', re.DOTALL)
+
+
+def shows_first_token(piece: bytes, endpoint: str) -> bool:
+    """Whether a piece of a streamed answer shows that the first token is there."""
+    return _FIRST_TOKEN[endpoint] in piece if endpoint != EMBEDDINGS else False
+
+
+class Tail:
+    """The end of an answer, of which no more than `TAIL_BYTES` twice are held; and its beginning, where usage is there.
+
+    An Anthropic stream reports its prompt in its first event, so that one is kept as well.
+    """
+
+    __slots__ = ("_head", "_keeps_head", "_pieces", "_size")
+
+    def __init__(self, endpoint: str) -> None:
+        self._keeps_head = endpoint == MESSAGES
+        self._head = b""
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def add(self, piece: bytes) -> None:
+        """Take the next piece."""
+        if self._keeps_head and len(self._head) < USAGE_BYTES:
+            self._head += piece[:USAGE_BYTES]
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > 2 * TAIL_BYTES:
+            kept = b"".join(self._pieces)[-TAIL_BYTES:]
+            self._pieces, self._size = [kept], len(kept)
+
+    def usage(self) -> Usage:
+        """What the answer reports; nothing where it does not."""
+        text = b"".join(self._pieces)
+        starts = [match.end() for match in _USAGE.finditer(text)]
+        found = _usage_at(text, starts[-1]) if starts else Usage()
+        opening = _OPENING_USAGE.search(self._head) if self._keeps_head else None
+        if opening is None:
+            return found
+        prompt = _usage_at(self._head, opening.end())
+        return Usage(prompt.prompt_tokens, prompt.cached_tokens, found.output_tokens)
+
+
+def _usage_at(text: bytes, start: int) -> Usage:
+    """The usage object that begins at `start`."""
+    depth = 0
+    for position in range(start, min(start + USAGE_BYTES, len(text))):
+        if text[position] == 0x7B:  # {
+            depth += 1
+        elif text[position] == 0x7D:  # }
+            depth -= 1
+            if depth == 0:
+                try:
+                    return usage_of({"usage": msgspec.json.decode(text[start : position + 1])})
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    return Usage()
+    return Usage()

@@ -1,0 +1,74 @@
+"""One request behind Envoy, joined from its two streams: the one that routed it and the one that watches its answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.envoy_ext_proc.messages import Served
+from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.attempts import Attempt
+from gorgo_plugin.runtime.outcomes import kind_of_status
+
+# The routing stream of a short answer may end before the last piece was watched; they are milliseconds apart.
+GRACE_S = 0.25
+_UPSTREAM = "via_upstream"  # Envoy's word for an answer that came from a replica
+
+
+class EnvoyAttempt(Attempt):
+    """One request behind Envoy.
+
+    Attributes:
+        id: names it to the observing stream.
+        endpoint: its path, as one of `prompt.endpoints`.
+        reads_usage: its answer ends with a usage.
+    """
+
+    def __init__(
+        self, runtime: Runtime, decision: Decision, prompt: Prompt, id: str, endpoint: str, reads_usage: bool
+    ) -> None:
+        super().__init__(runtime, decision, prompt)
+        self.id = id
+        self.endpoint = endpoint
+        self.reads_usage = reads_usage
+        self._served = False
+
+    def served(self, served: Served) -> None:
+        """The answer's headers have come."""
+        self._served = True
+        if served.replica is not None:
+            self.moved(served.replica, failed=self._runtime.settings.mode == "on")
+        if served.status >= 400:
+            self.fail(failure_kind(served))
+
+    def left(self, watched: bool) -> None:
+        """The request is over. Envoy does not say whether it was answered or its client left.
+
+        Args:
+            watched: pieces of the answer are seen, so one that was complete has been or will be seen in a moment.
+        """
+        if self.closed is not None:
+            return
+        if not self._served:
+            self.fail("disconnect")
+        elif not watched or (self.began and not self.reads_usage):
+            self.finish()
+        else:
+            asyncio.get_running_loop().call_later(GRACE_S, self._settle)
+
+    def _settle(self) -> None:
+        if self.began:
+            self.finish()
+        else:
+            self.fail("disconnect")
+
+
+def failure_kind(served: Served) -> str:
+    """The kind of failure, as `Router.fail` takes it, of an answer with an error's status."""
+    if served.details in ("", _UPSTREAM):
+        return kind_of_status(served.status)
+    if "no_healthy_upstream" in served.details or "connection_failure" in served.details:
+        return "unreached"
+    if "timeout" in served.details:
+        return "timeout"
+    return "rejected" if served.details.startswith("upstream_reset") else "disconnect"

@@ -1,0 +1,177 @@
+"""The protocol's messages: what is read from them, and the few answers there are."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption, Metadata
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+from google.protobuf import text_format
+from google.protobuf.duration_pb2 import Duration
+
+from gorgo_plugin.envoy_ext_proc.names import (
+    ATTEMPT_KEY,
+    ATTEMPTS,
+    CODE_DETAILS,
+    DESTINATION_HEADER,
+    METADATA_NAMESPACE,
+    REPLICA_HEADER,
+    REPLICA_KEY,
+    UPSTREAM_METADATA,
+)
+from gorgo_plugin.prompt.endpoints import endpoint_of
+
+Message = Any  # a ProcessingRequest; the generated module has no types
+
+_OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+_ATTRIBUTES = "envoy.filters.http.ext_proc"  # the one namespace under which Envoy sends attributes
+
+# Answers that change nothing, serialized once.
+UNCHANGED: dict[str, bytes] = {
+    "request_headers": pb.ProcessingResponse(request_headers=pb.HeadersResponse()).SerializeToString(),
+    "request_body": pb.ProcessingResponse(request_body=pb.BodyResponse()).SerializeToString(),
+    "request_trailers": pb.ProcessingResponse(request_trailers=pb.TrailersResponse()).SerializeToString(),
+    "response_headers": pb.ProcessingResponse(response_headers=pb.HeadersResponse()).SerializeToString(),
+    "response_body": pb.ProcessingResponse(response_body=pb.BodyResponse()).SerializeToString(),
+    "response_trailers": pb.ProcessingResponse(response_trailers=pb.TrailersResponse()).SerializeToString(),
+}
+# To request headers: nothing more of this request is of interest.
+NOT_OURS: bytes = pb.ProcessingResponse(
+    request_headers=pb.HeadersResponse(),
+    mode_override=ProcessingMode(
+        request_body_mode=ProcessingMode.NONE,
+        response_header_mode=ProcessingMode.SKIP,
+        response_body_mode=ProcessingMode.NONE,
+    ),
+).SerializeToString()
+
+
+class Head(NamedTuple):
+    """What of a request's headers matters.
+
+    Attributes:
+        endpoint: one of the paths whose bodies hold a prompt.
+        encoding: how its body is compressed, "" when it is not.
+    """
+
+    endpoint: str
+    encoding: str
+
+
+class Served(NamedTuple):
+    """What Envoy tells with an answer's headers.
+
+    Attributes:
+        status: HTTP status.
+        replica: who answered; None when Envoy itself did, or when its endpoints carry no names.
+        attempts: how often Envoy tried.
+        details: Envoy's word on where the answer came from.
+    """
+
+    status: int
+    replica: str | None
+    attempts: int
+    details: str
+
+
+def read_head(message: Message) -> Head | None:
+    """The head of a request that holds a prompt; None for everything else."""
+    headers = message.request_headers
+    fields = _fields(headers, (":method", ":path", "content-encoding"))
+    endpoint = endpoint_of(fields[":path"])
+    if fields[":method"] != "POST" or endpoint is None or headers.end_of_stream:
+        return None
+    return Head(endpoint, fields["content-encoding"])
+
+
+def read_served(message: Message) -> Served:
+    """What became of a request, from the message with its answer's headers."""
+    attributes = message.attributes[_ATTRIBUTES].fields if _ATTRIBUTES in message.attributes else {}
+    status = _fields(message.response_headers, (":status",))[":status"]
+    attempts = attributes[ATTEMPTS].number_value if ATTEMPTS in attributes else 1.0
+    details = attributes[CODE_DETAILS].string_value if CODE_DETAILS in attributes else ""
+    replica = _replica(attributes[UPSTREAM_METADATA].string_value) if UPSTREAM_METADATA in attributes else None
+    return Served(int(status) if status.isdecimal() else 0, replica, max(int(attempts), 1), details)
+
+
+def attempt_id(message: Message) -> str:
+    """The id that `routed` gave to the request that an observed message belongs to; "" without one."""
+    known = message.metadata_context.filter_metadata
+    return known[METADATA_NAMESPACE].fields[ATTEMPT_KEY].string_value if METADATA_NAMESPACE in known else ""
+
+
+def routed(replica: str, destinations: str, attempt: str, body: bytes | None) -> bytes:
+    """The answer to a request's body: go there.
+
+    Args:
+        replica: the chosen one's name.
+        destinations: addresses in order of preference, "" where Envoy does not pick by address.
+        attempt: names the request to the observing stream.
+        body: what to send in place of the body; None leaves it.
+    """
+    response = pb.ProcessingResponse()
+    common = response.request_body.response
+    common.clear_route_cache = True
+    _set(common, REPLICA_HEADER, replica)
+    if destinations:
+        _set(common, DESTINATION_HEADER, destinations)
+    if body is not None:
+        common.body_mutation.body = body
+    _remember(response, attempt)
+    return bytes(response.SerializeToString())
+
+
+def observed(attempt: str, body: bytes | None = None) -> bytes:
+    """The answer to a request's body that stays where it is; the observing stream learns its name."""
+    response = pb.ProcessingResponse(request_body=pb.BodyResponse())
+    if body is not None:
+        response.request_body.response.body_mutation.body = body
+    _remember(response, attempt)
+    return bytes(response.SerializeToString())
+
+
+def answer_headers(headers: dict[str, str]) -> bytes:
+    """The answer to an answer's headers: add these."""
+    response = pb.ProcessingResponse()
+    common = response.response_headers.response
+    for name, value in headers.items():
+        _set(common, name, value)
+    return bytes(response.SerializeToString())
+
+
+def more_time(seconds: float) -> bytes:
+    """Ask Envoy to wait so much longer for the answer to the message it sent last."""
+    timeout = Duration()
+    timeout.FromMilliseconds(round(seconds * 1e3))
+    return bytes(pb.ProcessingResponse(override_message_timeout=timeout).SerializeToString())
+
+
+def _set(common: Any, name: str, value: str) -> None:
+    common.header_mutation.set_headers.append(
+        HeaderValueOption(header=HeaderValue(key=name, raw_value=value.encode()), append_action=_OVERWRITE)
+    )
+
+
+def _remember(response: Any, attempt: str) -> None:
+    own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value
+    own.fields[ATTEMPT_KEY].string_value = attempt
+
+
+def _fields(headers: Any, names: tuple[str, ...]) -> dict[str, str]:
+    found = dict.fromkeys(names, "")
+    for header in headers.headers.headers:
+        if header.key in found:
+            found[header.key] = header.value or header.raw_value.decode("latin-1")
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _replica(metadata: str) -> str | None:
+    """The name in an endpoint's metadata, which Envoy sends in protobuf's text format."""
+    try:
+        known = text_format.Parse(metadata, Metadata()).filter_metadata
+    except text_format.ParseError:
+        return None
+    return known[METADATA_NAMESPACE].fields[REPLICA_KEY].string_value if METADATA_NAMESPACE in known else None

@@ -1,0 +1,188 @@
+"""The service's two kinds of streams: one routes a request, the other watches its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+from cachetools import LRUCache
+
+from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.envoy_ext_proc import messages
+from gorgo_plugin.envoy_ext_proc.answers import Tail, shows_first_token
+from gorgo_plugin.envoy_ext_proc.attempts import EnvoyAttempt
+from gorgo_plugin.envoy_ext_proc.bodies import asking_for_usage, stream_reports_usage, unpacked
+from gorgo_plugin.envoy_ext_proc.envoy_yaml import address_of
+from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Message
+from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
+from gorgo_plugin.errors import NoCandidates, PromptError
+from gorgo_plugin.runtime import Runtime
+
+ATTEMPTS = 16_384  # requests whose observing stream may still come, more than one process can have under way
+ASK_AFTER = 0.6  # share of the message timeout after which the service asks for more
+LOGGED_EVERY_S = 10.0
+
+_log = logging.getLogger("gorgo_plugin")
+Context = Any  # grpc.aio.ServicerContext, generic in what it carries
+
+
+class Processor:
+    """Answers Envoy. No request fails for what happens in here: without a decision Envoy serves it as it would anyway.
+
+    Attributes:
+        streams: streams open now.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.streams = 0
+        self._attempts: LRUCache[str, EnvoyAttempt] = LRUCache(ATTEMPTS)
+        self._boot = secrets.token_hex(4)  # a stream that outlives a restart must not meet another request's attempt
+        self._count = 0
+        self._watched = False
+        self._logged_s = -LOGGED_EVERY_S
+
+    async def process(self, _requests: object, context: Context) -> None:
+        """One stream, from its first message to its end."""
+        self.streams += 1
+        try:
+            first = await context.read()
+            if first is grpc.aio.EOF:
+                return
+            if first.observability_mode:
+                await self._watch(first, context)
+            else:
+                await _Routing(self, context).run(first)
+        finally:
+            self.streams -= 1
+
+    def remember(self, decision: Decision, prompt: Prompt, head: Head, reads_usage: bool) -> EnvoyAttempt:
+        """Open an attempt that the observing stream can find."""
+        self._count += 1
+        attempt = EnvoyAttempt(
+            self.runtime, decision, prompt, f"{self._boot}-{self._count}", head.endpoint, reads_usage
+        )
+        self._attempts[attempt.id] = attempt
+        return attempt
+
+    @property
+    def watched(self) -> bool:
+        """Whether Envoy sends answers to watch; without, an answer's headers are all that is seen of it."""
+        return self._watched
+
+    def unrouted(self, reason: str, error: Exception | None = None) -> None:
+        """A request is left to Envoy."""
+        self.runtime.metrics.fell_back(reason)
+        now_s = time.monotonic()
+        if error is not None and now_s - self._logged_s >= LOGGED_EVERY_S:
+            self._logged_s = now_s
+            _log.error("gorgo: a request was left to Envoy", exc_info=error)
+
+    async def _watch(self, message: Message, context: Context) -> None:
+        attempt = self._attempts.get(messages.attempt_id(message))
+        self._watched = True
+        if attempt is None:
+            return
+        tail = Tail(attempt.endpoint)
+        while message is not grpc.aio.EOF and attempt.closed in (None, "finished"):
+            body = message.response_body
+            if not attempt.began and attempt.streamed and shows_first_token(body.body, attempt.endpoint):
+                attempt.first_token()
+            if attempt.reads_usage:
+                tail.add(body.body)
+            elif attempt.began:
+                return
+            if body.end_of_stream:
+                if attempt.reads_usage:
+                    attempt.usage(tail.usage())
+                attempt.finish()
+                return
+            message = await context.read()
+
+
+class _Routing:
+    """The stream of one request: its headers, its body, its answer's headers, its end."""
+
+    def __init__(self, processor: Processor, context: Context) -> None:
+        self._processor = processor
+        self._runtime = processor.runtime
+        self._context = context
+        self._head: Head | None = None
+        self._asked: asyncio.Future[None] | None = None
+        self._attempt: EnvoyAttempt | None = None
+
+    async def run(self, message: Message) -> None:
+        write, read = self._context.write, self._context.read
+        try:
+            while message is not grpc.aio.EOF:
+                kind = message.WhichOneof("request")
+                if kind == "request_headers":
+                    self._head = None if self._runtime.settings.mode == "off" else messages.read_head(message)
+                    if self._head is None:
+                        await write(messages.NOT_OURS)
+                        return
+                    await write(UNCHANGED[kind])
+                elif kind == "request_body" and self._head is not None and self._attempt is None:
+                    await write(await self._route(message.request_body.body, self._head))
+                elif kind == "response_headers" and self._attempt is not None:
+                    self._attempt.served(messages.read_served(message))
+                    await write(messages.answer_headers(self._attempt.headers()))
+                elif kind in UNCHANGED:
+                    await write(UNCHANGED[kind])
+                message = await read()
+        finally:
+            if self._attempt is not None:
+                self._attempt.left(self._processor.watched)
+
+    async def _route(self, body: bytes, head: Head) -> bytes:
+        """The answer to a request's body."""
+        try:
+            return await self._decided(body, head)
+        except (PromptError, NoCandidates) as error:
+            self._processor.unrouted("prompt-error" if isinstance(error, PromptError) else "no-candidates")
+        except Exception as error:  # noqa: BLE001 (counted and logged; a client must not meet an error of ours)
+            self._processor.unrouted("error", error)
+        return UNCHANGED["request_body"]
+
+    async def _decided(self, body: bytes, head: Head) -> bytes:
+        runtime, settings = self._runtime, self._runtime.settings
+        text, prompt = await self._prepared(body, head)
+        started = time.perf_counter()
+        decision = runtime.router.route(prompt)
+        runtime.metrics.decided(decision, prompt.model, time.perf_counter() - started)
+        reports = not prompt.stream or stream_reports_usage(text, head.endpoint)
+        changed = None
+        if not reports and settings.envoy.request_stream_usage and settings.mode == "on" and not head.encoding:
+            changed = asking_for_usage(body, head.endpoint)
+        reads_usage = reports or changed is not None
+        self._attempt = attempt = self._processor.remember(decision, prompt, head, reads_usage)
+        if settings.mode == "shadow":
+            return messages.observed(attempt.id)
+        return messages.routed(decision.replica, self._destinations(decision), attempt.id, changed)
+
+    async def _prepared(self, body: bytes, head: Head) -> tuple[bytes, Prompt]:
+        """The body unpacked, and its prompt. Envoy is asked to wait longer where that takes long."""
+        envoy = self._runtime.settings.envoy
+        loop = asyncio.get_running_loop()
+        asking = loop.call_later(ASK_AFTER * envoy.message_timeout_s, self._ask_for_time, envoy.max_message_timeout_s)
+        try:
+            if head.encoding:
+                body = await asyncio.to_thread(unpacked, body, head.encoding, envoy.max_body_bytes)
+            return body, await self._runtime.prepare(body, head.endpoint)
+        finally:
+            asking.cancel()
+
+    def _ask_for_time(self, seconds: float) -> None:
+        self._asked = asyncio.ensure_future(self._context.write(messages.more_time(seconds)))
+        self._asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # the stream may be gone
+
+    def _destinations(self, decision: Decision) -> str:
+        if (PICK_KEY, PICK_DESTINATIONS) not in self._context.invocation_metadata():
+            return ""
+        urls = {replica.name: urlsplit(replica.url) for replica in self._runtime.settings.replicas}
+        return ",".join(address_of(urls[name]) for name in decision.ranked if name in urls)
