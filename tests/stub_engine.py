@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -57,6 +58,10 @@ class Behaviour:
     """How the next requests are answered: a status, and seconds to wait at each point."""
 
     status: int = 200
+    health_status: int = 200
+    """Of `/health`."""
+    reset: bool = False
+    """Close the connection before the headers of an answer."""
     before_headers_s: float = 0.0
     before_first_token_s: float = 0.0
     between_tokens_s: float = 0.0
@@ -76,6 +81,12 @@ class StubEngine:
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     open_requests: int = 0
     port: int = 0
+    tls: ssl.SSLContext | None = None
+    """Serves https where given."""
+    host: str = "127.0.0.1"
+    """Host of its URL; it listens on 127.0.0.1 whatever the name."""
+    headers: list[dict[str, str]] = field(default_factory=list)
+    """Of each request, names in lower case."""
 
     def __enter__(self) -> StubEngine:
         ready = threading.Event()
@@ -92,12 +103,13 @@ class StubEngine:
     @property
     def url(self) -> str:
         """Its base URL, without /v1."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://{self.host}:{self.port}"
 
     def reset(self) -> None:
         """Behave, and forget what was asked."""
         self.behaviour = Behaviour()
         self.requests.clear()
+        self.headers.clear()
 
     def _serve(self, ready: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
@@ -108,10 +120,12 @@ class StubEngine:
         self._stopped = asyncio.Event()
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_post("/{path:.*}", self._answer)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port)
+        site = web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=self.tls)
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
         ready.set()
@@ -121,12 +135,26 @@ class StubEngine:
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(text="vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n")
 
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=self.behaviour.health_status)
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [], "served_by": self.name})
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+        try:
+            body = await request.json()
+        except ValueError:
+            return web.json_response({"error": {"message": "not JSON", "type": "BadRequestError"}}, status=400)
         self.requests.append((request.path, body))
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.open_requests += 1
         try:
             behaviour = self.behaviour
+            if behaviour.reset:
+                assert request.transport is not None
+                request.transport.abort()
+                return web.Response()
             if behaviour.status != 200:
                 error = {"message": f"injected {behaviour.status}", "type": "injected", "code": str(behaviour.status)}
                 return web.json_response({"error": error}, status=behaviour.status)

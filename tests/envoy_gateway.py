@@ -1,0 +1,186 @@
+"""Starting the real Envoy and the real external-processing service in front of replicas, and asking them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from gorgo_plugin import Settings
+from gorgo_plugin.envoy_ext_proc.envoy_yaml import Mode, envoy_config
+from gorgo_plugin.fleet.processes import free_port
+from tests.litellm_proxy import ROOT, wait_until
+
+START_TIMEOUT_S = 60.0
+ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or "envoy"
+# Names under .localhost mean this machine (RFC 6761), but not every resolver knows; Envoy's does.
+SERVE = """
+import socket
+resolve = socket.getaddrinfo
+def getaddrinfo(host, *args, **kwargs):
+    name = host.decode() if isinstance(host, bytes) else host
+    return resolve("127.0.0.1" if name and name.endswith(".localhost") else host, *args, **kwargs)
+socket.getaddrinfo = getaddrinfo
+from gorgo_plugin.cli import main
+main()
+"""
+QUICK: dict[str, Any] = {
+    "response_headers": "debug",
+    "metrics": {"path": None},
+    "probe": {"interval_s": 0.2},
+    "health": {"backoff_s": 0.2, "backoff_max_s": 0.5},
+}
+QUICK_ENVOY: dict[str, Any] = {"health_interval_s": 0.2, "drain_s": 1.5, "grace_s": 5.0}
+
+
+class Gateway:
+    """One Envoy with its service."""
+
+    def __init__(self, folder: Path, replicas: Sequence[Mapping[str, Any]], mode: Mode = "composite", **changes: Any):
+        self.folder, self.mode = folder, mode
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("listen", "status_listen", "gateway_listen", "admin_listen")
+        listeners = {name: f"127.0.0.1:{free_port()}" for name in names}
+        envoy = {**QUICK_ENVOY, **listeners, **changes.pop("envoy", {})}
+        self.content = {"replicas": list(replicas), **QUICK, **changes, "envoy": envoy}
+        self.settings = Settings.model_validate(self.content)
+        self.url = f"http://{self.settings.envoy.gateway_listen}"
+        self.admin_url = f"http://{self.settings.envoy.admin_listen}"
+        self.status_url = f"http://{self.settings.envoy.status_listen}"
+        self.service: subprocess.Popen[bytes] | None = None
+        self.envoy: subprocess.Popen[bytes] | None = None
+        self.client = httpx.Client(base_url=self.url, timeout=30.0)
+
+    def start_service(self) -> None:
+        """Start `gorgo ext-proc` and wait until it listens."""
+        config = self.folder / "gorgo.yaml"
+        config.write_text(yaml.safe_dump(self.content))
+        with (self.folder / "ext-proc.log").open("ab") as log:
+            self.service = subprocess.Popen(
+                [sys.executable, "-c", SERVE, "ext-proc", "--config", str(config)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.service.stdout is not None
+        line = self.service.stdout.readline()
+        assert line, self.log_text()
+        json.loads(line)
+
+    def start_envoy(self) -> None:
+        """Start Envoy and wait until it serves."""
+        config = self.folder / "envoy.yaml"
+        config.write_text(yaml.safe_dump(envoy_config(self.settings, self.mode), sort_keys=False))
+        with (self.folder / "envoy.log").open("ab") as log:
+            self.envoy = subprocess.Popen(
+                [ENVOY, "-c", str(config), "--concurrency", "2", "-l", "warn", "--use-dynamic-base-id"],
+                stdout=log,
+                stderr=log,
+            )
+        wait_until(self._envoy_ready, START_TIMEOUT_S, "Envoy to be ready", self.log_text)
+
+    def wait_for_service(self) -> None:
+        """Wait until Envoy's health check has found the service."""
+        wait_until(lambda: self.healthy("gorgo-ext-proc"), 15.0, "Envoy to find the service", self.log_text)
+
+    def wait_for_replicas(self) -> None:
+        """Wait until Envoy's health checks have passed all replicas."""
+        for replica in self.settings.replicas:
+            wait_until(lambda name=replica.name: self.healthy(name), 15.0, f"{replica.name} to be well", self.log_text)
+
+    def healthy(self, cluster: str) -> bool:
+        """Whether Envoy's health check holds a cluster's one host for well."""
+        text = httpx.get(f"{self.admin_url}/clusters").text
+        flags = [line for line in text.splitlines() if line.startswith(f"{cluster}::") and "::health_flags::" in line]
+        return bool(flags) and all(line.endswith("::healthy") for line in flags)
+
+    def _envoy_ready(self) -> bool:
+        assert self.envoy is not None
+        assert self.envoy.poll() is None, self.log_text()
+        try:
+            return httpx.get(f"{self.admin_url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def signal_service(self, number: signal.Signals) -> None:
+        """Send the service a signal."""
+        assert self.service is not None
+        self.service.send_signal(number)
+
+    def kill_service(self) -> None:
+        """End the service without a chance to say so."""
+        assert self.service is not None
+        self.service.kill()
+        self.service.wait(10)
+
+    def close(self) -> None:
+        """End both."""
+        self.client.close()
+        for process in (self.envoy, self.service):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+                process.wait(10)
+        if self.service is not None and self.service.stdout is not None:
+            self.service.stdout.close()
+
+    def post(self, body: Any, path: str = "/v1/chat/completions", **kwargs: Any) -> httpx.Response:
+        """POST a JSON body, or bytes as they are."""
+        if isinstance(body, bytes):
+            kwargs["headers"] = {"content-type": "application/json", **kwargs.get("headers", {})}
+            return self.client.post(path, content=body, **kwargs)
+        return self.client.post(path, json=body, **kwargs)
+
+    def status(self) -> dict[str, Any]:
+        """/gorgo/status of the service."""
+        answer = httpx.get(f"{self.status_url}/gorgo/status")
+        assert answer.status_code == 200, answer.text
+        return answer.json()  # type: ignore[no-any-return]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's series that have these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        lines = httpx.get(f"{self.status_url}/metrics").text.splitlines()
+        series = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in series if all(label in line for label in wanted))
+
+    def wait_until_at_rest(self) -> None:
+        """Wait until no flight and no stream is open."""
+        wait_until(
+            lambda: (now := self.status())["streams"] == 0 and sum(now["flights"].values()) == 0,
+            15.0,
+            "all flights and streams to end",
+            lambda: str(self.status()["flights"]) + self.log_text(),
+        )
+
+    def log_text(self) -> str:
+        """What both have written so far."""
+        return "\n".join(
+            path.read_text(errors="replace")[-3000:] for path in sorted(self.folder.glob("*.log")) if path.exists()
+        )
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path, replicas: Sequence[Mapping[str, Any]], mode: Mode = "composite", **changes: Any
+) -> Iterator[Gateway]:
+    """Envoy and the service while they serve; `changes` go into gorgo.yaml."""
+    gateway = Gateway(folder, replicas, mode, **changes)
+    try:
+        gateway.start_service()
+        gateway.start_envoy()
+        gateway.wait_for_service()
+        if gateway.settings.envoy.health_path is not None and mode == "composite":
+            gateway.wait_for_replicas()
+        yield gateway
+    finally:
+        gateway.close()
