@@ -148,7 +148,7 @@ class PrepareSettings(_Schema):
     threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads that tokenize long prompts."""
     cache_bytes: Annotated[int, Field(ge=0)] = 64 * 2**20
-    """Bytes of tokenized messages kept, over all models."""
+    """Bytes of tokenized messages kept, over all models; whole conversations may take half as much again."""
     image_tokens: Annotated[int, Field(ge=1, le=65536)] = 576
     """Tokens an image counts as (576: 336 pixels in patches of 14). Engines differ, so its prompt is not `exact`."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from hashlib import sha256
@@ -13,9 +15,11 @@ import numpy as np
 
 from gorgo_plugin.decision import Prompt, token_array
 from gorgo_plugin.errors import GorgoError, PromptError, SettingsError
-from gorgo_plugin.prompt.bodies import RawPrompts, Request, read_request
+from gorgo_plugin.prompt.bodies import RawPrompts, Request, parse, read_request
 from gorgo_plugin.prompt.cache import SegmentCache
+from gorgo_plugin.prompt.continuation import Continuations, Known
 from gorgo_plugin.prompt.conversation import Conversation, Media
+from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.recall import EMPTY, Recall, Recalled, Stretch
 from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
@@ -26,17 +30,25 @@ DIGEST_BYTES = 16  # two of 2**64 media or salts would share a digest by chance
 PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary reaches so far
 # All the media of one prompt together; a tiny part of a body could else stand for any number of tokens.
 PSEUDO_TOKENS_MAX = 1_000_000
+CONTINUATIONS_SHARE = 2  # they may take half as much again as the messages by themselves
 _MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)")
+
+
+Keep = Callable[[str, Ids, bool, Ids], None]
+"""Takes (model, ids of the header of an answer, whether the ids are the engine's own, the prompt's ids)."""
 
 
 class Plan:
     """A prompt half prepared: what was seen before is looked up, the rest waits to be tokenized."""
 
-    __slots__ = ("_build", "_recalled")
+    __slots__ = ("_build", "_keep", "_recalled")
 
-    def __init__(self, recalled: Recalled, build: Callable[[Ids], Prompt]) -> None:
+    def __init__(
+        self, recalled: Recalled, build: Callable[[Ids], Prompt], keep: Callable[[Ids], None] | None = None
+    ) -> None:
         self._recalled = recalled
         self._build = build
+        self._keep = keep
 
     @property
     def cold_chars(self) -> int:
@@ -45,7 +57,10 @@ class Plan:
 
     def finish(self) -> Prompt:
         """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much."""
-        return self._build(self._recalled.ids())
+        ids = self._recalled.ids()
+        if self._keep is not None:
+            self._keep(ids)
+        return self._build(ids)
 
 
 class PromptBuilder:
@@ -63,6 +78,7 @@ class PromptBuilder:
         self._image_tokens = settings.prepare.image_tokens
         self._cache = SegmentCache(settings.prepare.cache_bytes)
         self._recall = Recall(self._cache)
+        self._continuations = Continuations(settings.prepare.cache_bytes // CONTINUATIONS_SHARE)
         self._now = now
         loaded: dict[str | None, tuple[Vocabulary, TokenizerSource]] = {}
         self._default = self._load("", settings.model_settings(""), ModelSettings(), loaded)
@@ -106,6 +122,8 @@ class PromptBuilder:
             PromptError: the endpoint holds no prompt, or the body none that can be read; names the field.
         """
         try:
+            if type(body) is bytes and endpoint_of(endpoint) == CHAT:
+                return self._plan_chat(body, model)
             request = read_request(body, endpoint)
             return self._plan(request, request.model if model is None else model)
         except GorgoError:
@@ -113,12 +131,30 @@ class PromptBuilder:
         except Exception as error:  # a mapping may hold objects of any behaviour
             raise PromptError(f"body: cannot be read as a prompt ({type(error).__name__})") from error
 
-    def _plan(self, request: Request, name: str) -> Plan:
-        model = self._models.get(name, self._default)
-        if isinstance(request.content, Conversation):
-            stretches, exact = self._conversation_stretches(model, request.content)
+    def _plan_chat(self, body: bytes, name: str | None) -> Plan:
+        """From where the last request of this conversation ended, if it was seen; else from its beginning."""
+        known = self._continuations.find(body)
+        rest = None if known is None else known.rest(body)
+        if known is not None and rest is not None:
+            with contextlib.suppress(PromptError):  # said again below, with the message's number in the whole
+                request = read_request(rest, CHAT)
+                if known.model == (request.model if name is None else name):
+                    return self._plan(request, known.model, known, partial(self._keep, body, rest))
+        fields = parse(body)
+        request = read_request(fields, CHAT)
+        return self._plan(request, request.model if name is None else name, keep=partial(self._keep, body, fields))
+
+    def _plan(self, request: Request, name: str, known: Known | None = None, keep: Keep | None = None) -> Plan:
+        model, content = self._models.get(name, self._default), request.content
+        if isinstance(content, Conversation):
+            # What stands in front of the messages is part of what is known.
+            new = content if known is None else replace(content, tools=None)
+            stretches, exact = self._conversation_stretches(model, new)
         else:
-            stretches, exact = self._raw_stretches(model, request.content)
+            stretches, exact = self._raw_stretches(model, content)
+        if known is not None:
+            stretches, exact = [known.ids, *stretches], exact and known.exact
+        goes_on = isinstance(content, Conversation) and content.add_generation_prompt and not content.add_special_tokens
         build = partial(
             Prompt,
             model=name,
@@ -129,7 +165,18 @@ class PromptBuilder:
             cache_key=self._digest(repr(request.salts).encode(), b"salt").hex() if request.salts else "",
             exact=exact,
         )
-        return Plan(self._recall.look_up(model, stretches), build)
+        recalled = self._recall.look_up(model, stretches)
+        if keep is None or not goes_on or model.answer_header is None:
+            return Plan(recalled, build)
+        return Plan(recalled, build, partial(keep, name, model.answer_header, exact))
+
+    def _keep(
+        self, body: bytes, fields: Mapping[str, Any], model: str, answer_header: Ids, exact: bool, ids: Ids
+    ) -> None:
+        """Remember a chat's messages for the request that goes on from them."""
+        messages = len(ids) - len(answer_header)
+        if np.array_equal(ids[messages:], answer_header):
+            self._continuations.remember(body, fields, model, ids[:messages], exact)
 
     def _conversation_stretches(self, model: PromptModel, conversation: Conversation) -> tuple[list[Stretch], bool]:
         media: dict[str, bytes] = {}
@@ -183,7 +230,8 @@ class PromptBuilder:
         if model is not None:
             return self._models.get(model, self._default).describe()
         models = {name: entry.describe() for name, entry in {"": self._default, **self._models}.items()}
-        return {"models": models, "cache": {"segments": len(self._cache), "bytes": self._cache.used_bytes}}
+        cache = {"segments": len(self._cache), "bytes": self._cache.used_bytes}
+        return {"models": models, "cache": cache, "continuations": self._continuations.describe()}
 
 
 def pseudo_tokens(digest: bytes, count: int) -> Ids:

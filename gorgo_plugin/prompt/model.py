@@ -14,7 +14,7 @@ from gorgo_plugin.errors import SettingsError
 from gorgo_plugin.prompt.conversation import Conversation, Message, tool_call
 from gorgo_plugin.prompt.cuts import chunk_spans, cut_text
 from gorgo_plugin.prompt.sources import EMBEDDED, TokenizerSource
-from gorgo_plugin.prompt.template import ChatTemplate, Mark, TemplateFailure, chatml
+from gorgo_plugin.prompt.template import ANSWER_HEADER, ChatTemplate, Mark, TemplateFailure, chatml
 from gorgo_plugin.prompt.vocabulary import Vocabulary
 
 _log = logging.getLogger("gorgo")
@@ -31,6 +31,7 @@ class PromptModel:
         vocabulary: what tokenizes.
         cuts: special tokens in front of which prompts are cut; where there are none and words do not cut either,
             prompts are tokenized whole.
+        answer_header: ids of what asks for an answer, where prompts can be gone on with message by message; else None.
         exact: whether the ids are the engine's own as far as the tokenizer goes.
     """
 
@@ -57,6 +58,9 @@ class PromptModel:
         self._lock = threading.Lock()
         self._spaces = vocabulary.cuts_spaces  # found out now: the trial takes longer than a request may
         self.cuts = self._choose_cuts()
+        # ChatML prints each message by itself; of another template that cannot be known.
+        goes_on = not self._templates and ANSWER_HEADER.startswith(self.cuts or ("none",))
+        self.answer_header = vocabulary.encode([ANSWER_HEADER])[0] if goes_on else None
 
     def _compiled(self, text: str, source: TokenizerSource, now: Callable[[], datetime]) -> ChatTemplate:
         try:

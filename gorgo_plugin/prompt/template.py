@@ -18,6 +18,7 @@ from gorgo_plugin.prompt.conversation import Content, Conversation, Media, Messa
 
 RENDERED_CHARS = 64_000_000  # about 16M tokens, above every context window; what exceeds it is a template gone wild
 REPEATED_ITEMS = 1_000_000  # longest string or list a template may make by `*`; indents and separators are short
+ANSWER_HEADER = "<|im_start|>assistant\n"  # of ChatML
 LARGEST_EXPONENT = 64  # templates compute no powers
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
@@ -194,5 +195,5 @@ def chatml(conversation: Conversation, mark: Mark) -> list[str]:
         header = headers.get(role) or headers.setdefault(role, f"<|im_start|>{role}\n")
         printed += (header, text, "<|im_end|>\n")
     if conversation.add_generation_prompt:
-        printed.append("<|im_start|>assistant\n")
+        printed.append(ANSWER_HEADER)
     return left_open(printed, conversation, mark)
