@@ -62,7 +62,13 @@ MESSAGES = st.fixed_dictionaries(
         ),
     },
 )
-TOOL = [{"type": "function", "function": {"name": "f", "parameters": {"anyOf": [{"a": 1}, {"b": 2}]}}}]
+TOOL: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {"anyOf": [{"a": 1}, {"b": 2}]}}}]
+
+
+def tool(strict: Any) -> list[Any]:
+    return [{"type": "function", "function": {**TOOL[0]["function"], "parameters": {"strict": strict}}}]
+
+
 TOOLS = st.sampled_from(
     [
         None,
@@ -179,3 +185,24 @@ def test_conversations_that_go_on_are_found_again_and_bounded_in_bytes() -> None
     held = builder.describe()["continuations"]
     assert 1 < held["conversations"] < 100
     assert held["bytes"] <= 100_000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tools": None},
+        {"tools": tool(1)},
+        {"model": "n"},
+        {"cache_salt": "other"},
+        {"add_special_tokens": True},
+        {"continue_final_message": True},
+        {"stream": False},
+    ],
+    ids=str,
+)
+def test_a_field_that_changes_between_two_turns_is_read_anew(changed: dict[str, Any]) -> None:
+    fields = {"model": "m", "tools": tool(True), "cache_salt": "one", "stream": True}
+    messages = [LONG, {"role": "user", "content": "hi"}]
+    going_on().prepare(body(messages, {}, fields, False), CHAT)
+    sent = body([*messages, {"role": "user", "content": "more"}], {}, fields | changed, False)
+    assert_alike(prepared(going_on(), sent), prepared(forgetful(), sent))
