@@ -6,19 +6,23 @@ import contextlib
 import json
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import trustme
 import yaml
 
 from gorgo_plugin import Settings
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import Mode, envoy_config
 from gorgo_plugin.fleet.processes import free_port
 from tests.litellm_proxy import ROOT, wait_until
+from tests.stub_engine import Behaviour, StubEngine
 
 START_TIMEOUT_S = 60.0
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or "envoy"
@@ -59,6 +63,7 @@ class Gateway:
         self.service: subprocess.Popen[bytes] | None = None
         self.envoy: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=self.url, timeout=30.0)
+        self.looking = httpx.Client(timeout=10.0)
 
     def start_service(self) -> None:
         """Start `gorgo ext-proc` and wait until it listens."""
@@ -99,7 +104,7 @@ class Gateway:
 
     def healthy(self, cluster: str) -> bool:
         """Whether Envoy's health check holds a cluster's one host for well."""
-        text = httpx.get(f"{self.admin_url}/clusters").text
+        text = self.looking.get(f"{self.admin_url}/clusters").text
         flags = [line for line in text.splitlines() if line.startswith(f"{cluster}::") and "::health_flags::" in line]
         return bool(flags) and all(line.endswith("::healthy") for line in flags)
 
@@ -107,7 +112,7 @@ class Gateway:
         assert self.envoy is not None
         assert self.envoy.poll() is None, self.log_text()
         try:
-            return httpx.get(f"{self.admin_url}/ready").status_code == 200
+            return self.looking.get(f"{self.admin_url}/ready").status_code == 200
         except httpx.TransportError:
             return False
 
@@ -116,15 +121,28 @@ class Gateway:
         assert self.service is not None
         self.service.send_signal(number)
 
+    def reload(self, **changes: Any) -> None:
+        """Write gorgo.yaml anew, its settings as they were at the start but for `changes`, and have it read."""
+        envoy = {**self.content["envoy"], **changes.pop("envoy", {})}
+        content = {**self.content, **changes, "envoy": envoy}
+        (self.folder / "gorgo.yaml").write_text(yaml.safe_dump(content))
+        log = self.folder / "ext-proc.log"
+        before = log.read_text().count("settings reloaded")
+        self.signal_service(signal.SIGHUP)
+        wait_until(lambda: log.read_text().count("settings reloaded") > before, 10.0, "the reload", self.log_text)
+
     def kill_service(self) -> None:
         """End the service without a chance to say so."""
         assert self.service is not None
         self.service.kill()
         self.service.wait(10)
+        if self.service.stdout is not None:
+            self.service.stdout.close()
 
     def close(self) -> None:
         """End both."""
         self.client.close()
+        self.looking.close()
         for process in (self.envoy, self.service):
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -142,14 +160,33 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """/gorgo/status of the service."""
-        answer = httpx.get(f"{self.status_url}/gorgo/status")
+        answer = self.looking.get(f"{self.status_url}/gorgo/status")
         assert answer.status_code == 200, answer.text
         return answer.json()  # type: ignore[no-any-return]
+
+    def explain(self, body: Mapping[str, Any], endpoint: str = "/v1/chat/completions") -> dict[str, Any]:
+        """/gorgo/explain of the service for a body."""
+        answer = self.looking.post(f"{self.status_url}/gorgo/explain", json={"body": body, "endpoint": endpoint})
+        assert answer.status_code == 200, answer.text
+        return answer.json()  # type: ignore[no-any-return]
+
+    def health(self, replica: str) -> dict[str, Any]:
+        """What the service holds of a replica's health."""
+        return self.status()["replicas"][replica]["health"]  # type: ignore[no-any-return]
+
+    def wait_until_available(self) -> None:
+        """Wait until the service leaves no replica out."""
+        wait_until(
+            lambda: all(replica["health"]["available"] for replica in self.status()["replicas"].values()),
+            15.0,
+            "all replicas to be available",
+            lambda: str(self.status()["replicas"]),
+        )
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's series that have these labels."""
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        lines = httpx.get(f"{self.status_url}/metrics").text.splitlines()
+        lines = self.looking.get(f"{self.status_url}/metrics").text.splitlines()
         series = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in series if all(label in line for label in wanted))
 
@@ -184,3 +221,49 @@ def running(
         yield gateway
     finally:
         gateway.close()
+
+
+def tls_for(ca: trustme.CA, host: str) -> ssl.SSLContext:
+    """What a server needs to be `host`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert(host).configure_cert(context)
+    return context
+
+
+@dataclass
+class TlsFleet:
+    """https replicas by hostname, each with a certificate for its own name.
+
+    Attributes:
+        engines: by name, the first label of the hostname.
+        replicas, envoy: of gorgo.yaml.
+    """
+
+    engines: dict[str, StubEngine]
+    replicas: list[dict[str, str]]
+    envoy: dict[str, str]
+
+    def behave(self, **behaviour: Any) -> None:
+        """Have all engines answer so."""
+        for engine in self.engines.values():
+            engine.behaviour = Behaviour(**behaviour)
+
+    def counts(self) -> dict[str, int]:
+        """Requests that each engine got."""
+        return {name: len(engine.requests) for name, engine in self.engines.items()}
+
+
+@contextlib.contextmanager
+def tls_fleet(folder: Path, hosts: Mapping[str, str]) -> Iterator[TlsFleet]:
+    """Replicas while they serve; `hosts` are their names under .localhost, each with its region."""
+    ca, ca_file = trustme.CA(), folder / "replica-ca.pem"
+    folder.mkdir(parents=True, exist_ok=True)
+    ca.cert_pem.write_to_path(str(ca_file))
+    with contextlib.ExitStack() as stack:
+        fleet = TlsFleet({}, [], {"replica_ca_file": str(ca_file)})
+        for host, region in hosts.items():
+            name = host.partition(".")[0]
+            engine = stack.enter_context(StubEngine(name, tls=tls_for(ca, host), host=host))
+            fleet.engines[name] = engine
+            fleet.replicas.append({"name": name, "region": region, "url": engine.url})
+        yield fleet

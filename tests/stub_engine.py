@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +88,16 @@ class StubEngine:
     """Host of its URL; it listens on 127.0.0.1 whatever the name."""
     headers: list[dict[str, str]] = field(default_factory=list)
     """Of each request, names in lower case."""
+    server_names: set[str | None] = field(default_factory=set)
+    """By which TLS clients have asked for it (SNI)."""
+    bodies: list[bytes] = field(default_factory=list)
+    """Of each request, as they came (unpacked)."""
+    models: list[str] | None = None
+    """Served; 404 for others. None: all."""
 
     def __enter__(self) -> StubEngine:
+        if self.tls is not None:
+            self.tls.sni_callback = lambda _socket, name, _context: self.server_names.add(name)
         ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, args=(ready,), daemon=True)
@@ -100,6 +109,15 @@ class StubEngine:
         self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(10)
 
+    @contextlib.contextmanager
+    def gone(self) -> Iterator[None]:
+        """Nothing listens on its port meanwhile."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     @property
     def url(self) -> str:
         """Its base URL, without /v1."""
@@ -110,6 +128,7 @@ class StubEngine:
         self.behaviour = Behaviour()
         self.requests.clear()
         self.headers.clear()
+        self.bodies.clear()
 
     def _serve(self, ready: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
@@ -123,7 +142,7 @@ class StubEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/{path:.*}", self._answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=self.tls)
         await site.start()
@@ -144,9 +163,13 @@ class StubEngine:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         try:
             body = await request.json()
-        except ValueError:
-            return web.json_response({"error": {"message": "not JSON", "type": "BadRequestError"}}, status=400)
+        except (ValueError, web.RequestPayloadError):
+            body = None
+        if not isinstance(body, dict):
+            error = {"message": "no JSON object", "type": "BadRequestError"}
+            return web.json_response({"error": error}, status=400)
         self.requests.append((request.path, body))
+        self.bodies.append(await request.read())
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.open_requests += 1
         try:
@@ -158,6 +181,9 @@ class StubEngine:
             if behaviour.status != 200:
                 error = {"message": f"injected {behaviour.status}", "type": "injected", "code": str(behaviour.status)}
                 return web.json_response({"error": error}, status=behaviour.status)
+            if self.models is not None and body.get("model") not in self.models:
+                error = {"message": "no such model", "type": "NotFoundError"}
+                return web.json_response({"error": error}, status=404)
             await asyncio.sleep(behaviour.before_headers_s)
             if body.get("stream"):
                 return await self._stream(request, body, behaviour)

@@ -15,7 +15,7 @@ USAGE_BYTES = 4096  # longer than any engine's usage object
 # What the first piece with a token holds. Responses and messages open their streams before there is one.
 _FIRST_TOKEN = {CHAT: b"data:", COMPLETIONS: b"data:", RESPONSES: b".delta", MESSAGES: b"content_block_delta"}
 # An object under that key; in a string of the answer itself the quotes would be escaped.
-_USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
+_NAMED = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _OPENING_USAGE = re.compile(rb'"message_start".*?(?<!\\)"usage"\s*:\s*(?=\{)', re.DOTALL)
 
 
@@ -51,8 +51,11 @@ class Tail:
     def usage(self) -> Usage:
         """What the answer reports; nothing where it does not."""
         text = b"".join(self._pieces)
-        starts = [match.end() for match in _USAGE.finditer(text)]
-        found = _usage_at(text, starts[-1]) if starts else Usage()
+        found, at = Usage(), len(text)
+        while found == Usage() and (at := text.rfind(b'"usage"', 0, at)) >= 0:
+            named = _NAMED.match(text, at)
+            if named is not None and text[at - 1 : at] != b"\\":
+                found = _usage_at(text, named.end())
         opening = _OPENING_USAGE.search(self._head) if self._keeps_head else None
         if opening is None:
             return found
@@ -62,15 +65,11 @@ class Tail:
 
 def _usage_at(text: bytes, start: int) -> Usage:
     """The usage object that begins at `start`."""
-    depth = 0
-    for position in range(start, min(start + USAGE_BYTES, len(text))):
-        if text[position] == 0x7B:  # {
-            depth += 1
-        elif text[position] == 0x7D:  # }
-            depth -= 1
-            if depth == 0:
-                try:
-                    return usage_of({"usage": msgspec.json.decode(text[start : position + 1])})
-                except (msgspec.DecodeError, UnicodeDecodeError):
-                    return Usage()
+    end = start
+    while (end := text.find(b"}", end, start + USAGE_BYTES) + 1) > 0:
+        if text.count(b"{", start, end) == text.count(b"}", start, end):
+            try:
+                return usage_of({"usage": msgspec.json.decode(text[start:end])})
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return Usage()
     return Usage()

@@ -45,8 +45,8 @@ def stream_reports_usage(body: bytes, endpoint: str) -> bool:
     """Whether the stream that answers this body ends with its usage: chats and completions do when asked to."""
     if endpoint not in (CHAT, COMPLETIONS):
         return True
-    start = body.find(_OPTION)
-    return start >= 0 and _ASKED.search(body, start) is not None
+    start = body.rfind(_OPTION)  # most clients send it after the messages
+    return start >= 0 and _ASKED.match(body, start) is not None
 
 
 def asking_for_usage(body: bytes, endpoint: str) -> bytes | None:

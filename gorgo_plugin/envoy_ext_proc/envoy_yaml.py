@@ -38,7 +38,7 @@ OBSERVING_FILTER = "gorgo.observing"
 CONNECT_TIMEOUT_S = 3.0  # TCP and TLS take three round trips; the longest on Earth are about 0.4 s
 SERVICE_CHECK_S = 1.0
 MANY = 1_000_000  # circuit breakers: the default of 1024 streams, and of 3 retries, would be met by LLM traffic
-FORWARDED_HEADERS = (":method", ":path", ":status", "content-type", "content-encoding", "content-length")
+FORWARDED_HEADERS = (":method", ":path", ":status", "content-encoding")  # no keys, no cookies
 
 _TYPE = "type.googleapis.com/"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -76,6 +76,8 @@ def _checked_url(replica: ReplicaSettings, mode: Mode) -> SplitResult:
         raise SettingsError(f"{where}.url: Envoy sends requests to a host and port; give scheme, host and port only")
     if len(replica.name) > 60 or not replica.name.isprintable():
         raise SettingsError(f"{where}.name: it names a cluster of Envoy; at most 60 printable characters, please")
+    if replica.name in (SERVICE_CLUSTER, ANY_CLUSTER) or replica.name.startswith(FIRST):
+        raise SettingsError(f"{where}.name: a cluster that gorgo-plugin itself writes has it; another name, please")
     if mode == "override-host" and not _is_ip(url.hostname or ""):
         raise SettingsError(f"{where}.url: --mode override-host picks IP addresses; '{url.hostname}' is a name")
     return url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption, Metadata
@@ -111,32 +112,55 @@ def routed(replica: str, destinations: str, attempt: str, body: bytes | None) ->
         attempt: names the request to the observing stream.
         body: what to send in place of the body; None leaves it.
     """
+    # Messages of protobuf are merged by writing one after the other, so what stays the same is written once.
+    if body is None:
+        return _directions(replica, destinations) + _remembered(attempt)
+    response = pb.ProcessingResponse.FromString(_directions(replica, destinations))
+    common = response.request_body.response
+    common.body_mutation.body = body
+    _set(common, "content-length", str(len(body)))  # Envoy answers 500 when the client's does not fit
+    return bytes(response.SerializeToString()) + _remembered(attempt)
+
+
+def observed(attempt: str) -> bytes:
+    """The answer to a request's body that stays where it is; the observing stream learns its name."""
+    return UNCHANGED["request_body"] + _remembered(attempt)
+
+
+@functools.lru_cache(maxsize=1024)
+def _directions(replica: str, destinations: str) -> bytes:
     response = pb.ProcessingResponse()
     common = response.request_body.response
     common.clear_route_cache = True
     _set(common, REPLICA_HEADER, replica)
     if destinations:
         _set(common, DESTINATION_HEADER, destinations)
-    if body is not None:
-        common.body_mutation.body = body
-    _remember(response, attempt)
     return bytes(response.SerializeToString())
 
 
-def observed(attempt: str, body: bytes | None = None) -> bytes:
-    """The answer to a request's body that stays where it is; the observing stream learns its name."""
-    response = pb.ProcessingResponse(request_body=pb.BodyResponse())
-    if body is not None:
-        response.request_body.response.body_mutation.body = body
-    _remember(response, attempt)
+def _remembered(attempt: str) -> bytes:
+    return _remembering(len(attempt)).replace(b"~" * len(attempt), attempt.encode())
+
+
+@functools.lru_cache(maxsize=64)
+def _remembering(chars: int) -> bytes:
+    """The dynamic metadata of an attempt whose id has so many characters, each of them `~`."""
+    response = pb.ProcessingResponse()
+    own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value
+    own.fields[ATTEMPT_KEY].string_value = "~" * chars
     return bytes(response.SerializeToString())
 
 
-def answer_headers(headers: dict[str, str]) -> bytes:
+def answer_headers(headers: Mapping[str, str]) -> bytes:
     """The answer to an answer's headers: add these."""
+    return _answer_headers(tuple(headers.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _answer_headers(headers: tuple[tuple[str, str], ...]) -> bytes:
     response = pb.ProcessingResponse()
     common = response.response_headers.response
-    for name, value in headers.items():
+    for name, value in headers:
         _set(common, name, value)
     return bytes(response.SerializeToString())
 
@@ -149,14 +173,11 @@ def more_time(seconds: float) -> bytes:
 
 
 def _set(common: Any, name: str, value: str) -> None:
+    if not value.isprintable():  # told to set what is no header, Envoy answers 500
+        return
     common.header_mutation.set_headers.append(
         HeaderValueOption(header=HeaderValue(key=name, raw_value=value.encode()), append_action=_OVERWRITE)
     )
-
-
-def _remember(response: Any, attempt: str) -> None:
-    own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value
-    own.fields[ATTEMPT_KEY].string_value = attempt
 
 
 def _fields(headers: Any, names: tuple[str, ...]) -> dict[str, str]:
@@ -174,4 +195,5 @@ def _replica(metadata: str) -> str | None:
         known = text_format.Parse(metadata, Metadata()).filter_metadata
     except text_format.ParseError:
         return None
-    return known[METADATA_NAMESPACE].fields[REPLICA_KEY].string_value if METADATA_NAMESPACE in known else None
+    own = known[METADATA_NAMESPACE].fields if METADATA_NAMESPACE in known else {}
+    return own[REPLICA_KEY].string_value if REPLICA_KEY in own else None

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
-from cachetools import LRUCache
 
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.envoy_ext_proc import messages
@@ -23,7 +22,8 @@ from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
 from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.runtime import Runtime
 
-ATTEMPTS = 16_384  # requests whose observing stream may still come, more than one process can have under way
+# How long an attempt is known to its observing stream when its request is over; the two are milliseconds apart.
+KEPT_S = 5.0
 ASK_AFTER = 0.6  # share of the message timeout after which the service asks for more
 LOGGED_EVERY_S = 10.0
 
@@ -41,10 +41,10 @@ class Processor:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.streams = 0
-        self._attempts: LRUCache[str, EnvoyAttempt] = LRUCache(ATTEMPTS)
+        self._attempts: dict[str, EnvoyAttempt] = {}
         self._boot = secrets.token_hex(4)  # a stream that outlives a restart must not meet another request's attempt
         self._count = 0
-        self._watched = False
+        self._watched = False  # whether Envoy sends answers to watch; without, their headers are all that is seen
         self._logged_s = -LOGGED_EVERY_S
 
     async def process(self, _requests: object, context: Context) -> None:
@@ -70,10 +70,10 @@ class Processor:
         self._attempts[attempt.id] = attempt
         return attempt
 
-    @property
-    def watched(self) -> bool:
-        """Whether Envoy sends answers to watch; without, an answer's headers are all that is seen of it."""
-        return self._watched
+    def left(self, attempt: EnvoyAttempt) -> None:
+        """The request of an attempt is over; what its observing stream may still bring is taken for a moment."""
+        attempt.left(self._watched)
+        asyncio.get_running_loop().call_later(KEPT_S, self._attempts.pop, attempt.id, None)
 
     def unrouted(self, reason: str, error: Exception | None = None) -> None:
         """A request is left to Envoy."""
@@ -137,7 +137,7 @@ class _Routing:
                 message = await read()
         finally:
             if self._attempt is not None:
-                self._attempt.left(self._processor.watched)
+                self._processor.left(self._attempt)
 
     async def _route(self, body: bytes, head: Head) -> bytes:
         """The answer to a request's body."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
+import os
 import signal
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -101,19 +105,46 @@ async def grpc_service(envoy: EnvoySettings, process: Process) -> AsyncIterator[
 
 
 def _bind(server: grpc.aio.Server, envoy: EnvoySettings) -> str:
+    credentials = None if envoy.tls is None else _credentials(envoy.tls)
     try:
-        if envoy.tls is None:
+        _try_address(envoy.listen)
+        if credentials is None:
             port = server.add_insecure_port(envoy.listen)
         else:
-            port = server.add_secure_port(envoy.listen, _credentials(envoy.tls))
-    except RuntimeError as error:
-        raise GorgoError(f"envoy.listen: cannot listen on {envoy.listen} ({error})") from None
+            port = server.add_secure_port(envoy.listen, credentials)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GorgoError(f"envoy.listen: cannot listen on {envoy.listen} ({reason})") from None
     return envoy.listen if envoy.listen.startswith("unix:") else f"{envoy.listen.rpartition(':')[0]}:{port}"
+
+
+def _try_address(address: str) -> None:
+    """Raise `OSError` where gRPC could not listen, which tells why in its log alone.
+
+    A Unix socket it would take away from whoever listens there.
+    """
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix:"))
+        path.parent.stat()
+        with socket.socket(socket.AF_UNIX) as peer:
+            if path.exists() and peer.connect_ex(str(path)) == 0:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        return
+    host, _, port = address.rpartition(":")
+    family, *_, resolved = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(resolved)
 
 
 def _credentials(tls: EnvoyTlsSettings) -> grpc.ServerCredentials:
     key, certificate = _pem(tls.key_file, "key_file"), _pem(tls.cert_file, "cert_file")
     clients = None if tls.client_ca_file is None else _pem(tls.client_ca_file, "client_ca_file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
+    except (ssl.SSLError, OSError):
+        pair = f"{tls.cert_file} and {tls.key_file}"
+        raise SettingsError(f"envoy.tls.cert_file, key_file: {pair} are no PEM certificate and its key") from None
     return grpc.ssl_server_credentials([(key, certificate)], clients, require_client_auth=clients is not None)
 
 
@@ -133,6 +164,8 @@ def _reload(runtime: Runtime, read_settings: Callable[[], Settings]) -> None:
         return
     with contextlib.suppress(SettingsError):  # logged, counted and shown by the runtime
         runtime.reload(settings)
+        runtime.set_active(settings.mode != "off", f"mode is {settings.mode}")
+        runtime.ensure_started()
         _log.info("gorgo: settings reloaded")
 
 
@@ -176,9 +209,10 @@ async def _status(request: web.Request) -> web.Response:
 async def _explain(request: web.Request) -> web.Response:
     processor: Processor = request.app["processor"]
     try:
-        body, endpoint, model = question(await request.json())
-        return web.json_response(await processor.runtime.explain(body, endpoint, model))
-    except ValueError:
+        asked = await request.json()
+    except (ValueError, RecursionError):
         return web.json_response({"error": "body: expected JSON"}, status=400)
+    try:
+        return web.json_response(await processor.runtime.explain(*question(asked)))
     except (PromptError, NoCandidates) as error:
         return web.json_response({"error": str(error)}, status=400)

@@ -65,5 +65,48 @@ def bench_litellm(rounds: int, out: Path) -> None:
     console.print(f"Figures: {out / 'bench-litellm.json'}")
 
 
+@bench.command("envoy")
+@click.option("--rounds", default=7, type=click.IntRange(1), help="Rounds; all variants are measured in each.")
+@click.option("--out", default="out/bench-envoy", type=click.Path(path_type=Path), help="Folder for figures and logs.")
+def bench_envoy(rounds: int, out: Path) -> None:
+    """What the external-processing service costs Envoy, against no filter and a service that does nothing."""
+    import asyncio
+    from dataclasses import asdict
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    from gorgo_plugin.fleet.bench_envoy import NO_FILTER, bench
+    from gorgo_plugin.fleet.machine import machine
+
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    with console.status("starting") as status:
+        results = asyncio.run(bench(out, rounds, status.update))
+    table = Table(title=f"Envoy without a filter, with a service that does nothing, with gorgo; {rounds} rounds")
+    for heading in ("load", "service", "CPU ms", "ratio", "in total", "p50 ms", "added", "p99 ms", "added", "req/s"):
+        table.add_column(heading, justify="left" if heading in ("load", "service") else "right")
+    for result in results:
+        for variant, figures in result.figures.items():
+            ours = variant == "gorgo"
+            table.add_row(
+                result.load if variant == NO_FILTER else "",
+                variant,
+                "-" if variant == NO_FILTER else f"{figures.cpu_ms:.2f}",
+                _interval(result.cpu_ratio) if ours else "",
+                f"{result.cpu_ratio_total:.3f}" if ours else "",
+                f"{figures.p50_ms:.2f}",
+                f"{figures.added_p50_ms:+.2f}",
+                f"{figures.p99_ms:.2f}",
+                f"{figures.added_p99_ms:+.2f}",
+                f"{figures.requests_per_s:,.0f}",
+            )
+    console.print(table)
+    content = {"machine": machine(), "results": list(map(asdict, results))}
+    (out / "bench-envoy.json").write_bytes(msgspec.json.format(msgspec.json.encode(content)))
+    console.print(f"Figures: {out / 'bench-envoy.json'}")
+
+
 def _interval(ratio: Ratio) -> str:
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

@@ -66,11 +66,15 @@ def mock_upstream(**options: Any) -> None:
 @click.command()
 @click.option("--trace", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Mooncake-format file.")
 @click.option("--requests", type=click.IntRange(10), help="Requests of a row; without it 300, with --trace 300.")
-@click.option("--rows", help="Comma-separated rows; without it the five of the README.")
-@click.option("--gateway", default="litellm", type=click.Choice(["litellm"]), help="The gateway in front.")
+@click.option("--rows", help="Comma-separated rows; without it five, gorgo among them.")
+@click.option("--gateway", default="litellm", type=click.Choice(["litellm", "envoy"]), help="The gateway in front.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seeds workload, engines and policies.")
-@click.option("--out", default="out/demo", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.")
-@click.option("--workers", default=1, type=click.IntRange(1, 16), help="Processes of the proxy.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of results; without it out/demo, with --gateway envoy out/demo-envoy.",
+)
+@click.option("--workers", default=1, type=click.IntRange(1, 16), help="Processes of LiteLLM.")
 @click.option("--time-scale", type=click.FloatRange(0.1, 100), help="Stretches arrivals; without it 1, with --trace 2.")
 def demo(
     trace: Path | None,
@@ -78,11 +82,11 @@ def demo(
     rows: str | None,
     gateway: str,
     seed: int,
-    out: Path,
+    out: Path | None,
     workers: int,
     time_scale: float | None,
 ) -> None:
-    """Compare routing strategies on three mock regions behind the real LiteLLM proxy.
+    """Compare routing strategies on three mock regions behind the real LiteLLM or Envoy.
 
     Every row replays the same requests on fresh replicas at 37, 279 and 456 ms. Prints one table and writes demo.json,
     demo.png and the logs to the folder of results.
@@ -90,14 +94,18 @@ def demo(
     import asyncio
 
     from gorgo_plugin.fleet.demo import DemoSettings
-    from gorgo_plugin.fleet.gateway import DEFAULT_ROWS, ROWS
+    from gorgo_plugin.fleet.gateway import GATEWAYS
     from gorgo_plugin.fleet.show import show_demo
 
-    names = tuple(name.strip() for name in rows.split(",")) if rows else DEFAULT_ROWS
-    unknown = [name for name in names if name not in ROWS]
+    front = GATEWAYS[gateway]
+    names = tuple(name.strip() for name in rows.split(",")) if rows else front.default_rows
+    unknown = [name for name in names if name not in front.rows]
     if unknown:
-        raise click.BadParameter(f"unknown row '{unknown[0]}'; known: {', '.join(ROWS)}", param_hint="--rows")
-    settings = DemoSettings(trace, requests, names, seed, time_scale, out, workers)
+        raise click.BadParameter(f"unknown row '{unknown[0]}'; known: {', '.join(front.rows)}", param_hint="--rows")
+    if gateway == "envoy" and workers != 1:
+        raise click.BadParameter(f"{workers}: Envoy runs in one process; leave it out", param_hint="--workers")
+    folder = out or Path("out/demo" if gateway == "litellm" else f"out/demo-{gateway}")
+    settings = DemoSettings(trace, requests, names, seed, time_scale, folder, workers, gateway)
     try:
         asyncio.run(show_demo(settings))
     except asyncio.CancelledError:

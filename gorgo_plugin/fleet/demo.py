@@ -1,4 +1,4 @@
-"""The demo: three mock replicas in three regions, the real LiteLLM proxy, and one replay for each row of a table."""
+"""The demo: three mock replicas in three regions, a real gateway, and one replay for each row of a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from gorgo_plugin.fleet.gateway import DEFAULT_ROWS, MODEL, ROWS, Row, litellm_config, litellm_proxy
+from gorgo_plugin.fleet.gateway import GATEWAYS, MODEL, Row, Setup
 from gorgo_plugin.fleet.loadgen import Outcome, Shot, Target, replay, shots
 from gorgo_plugin.fleet.mooncake import TraceWindow, pick_window, read_trace, trace_requests
 from gorgo_plugin.fleet.passages import Passage
@@ -27,7 +27,7 @@ TRACE_STRETCH = 2.0  # one hour of the trace is too much for three such engines;
 # Conversations fit 600k tokens an engine; of the trace nothing would survive long enough to be reused.
 CONVERSATION_KV_TOKENS = 600_000
 TRACE_KV_TOKENS = 4_000_000
-STREAM_INTERVAL = 8  # tokens per chunk: chunks cost the proxy, not the engine, and it is the engine that is compared
+STREAM_INTERVAL = 8  # tokens per chunk: chunks cost the gateway, not the engine, and it is the engine that is compared
 WARM_UP_REQUESTS = 6
 WARM_UP_SPACING_S = 0.25
 SETTLE_S = 1.0  # for the last warm-up answers' log events and a few probes of each replica
@@ -42,20 +42,22 @@ class DemoSettings:
     Attributes:
         trace: Mooncake-format file; None: generated conversations.
         requests: requests of a row; None: as many as the workload's default.
-        rows: names of the rows, see `gateway.ROWS`.
+        rows: names of the gateway's rows.
         seed: seeds the workload, the engines and our policies.
         time_scale: stretches the arrivals; None: 1 for conversations, 2 for a trace.
         out: folder for the figures, the plot and the logs.
-        workers: processes of the proxy; each knows its own dispatches only.
+        workers: processes of LiteLLM; each knows its own dispatches only.
+        gateway: name of one of `gateway.GATEWAYS`.
     """
 
     trace: Path | None = None
     requests: int | None = None
-    rows: tuple[str, ...] = DEFAULT_ROWS
+    rows: tuple[str, ...] = GATEWAYS["litellm"].default_rows
     seed: int = 0
     time_scale: float | None = None
     out: Path = field(default_factory=lambda: Path("out/demo"))
     workers: int = 1
+    gateway: str = "litellm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +107,15 @@ async def run_rows(
     """Replay the workload for each row. Ends early, with every child process stopped, on SIGTERM or cancellation.
 
     Raises:
-        ProcessError: a replica or the proxy did not start or ended.
+        ProcessError: a replica or the gateway did not start or ended.
     """
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     settings.out.mkdir(parents=True, exist_ok=True)
     planned = shots(workload.requests, MODEL)
-    return [await _run_row(ROWS[name], settings, workload, planned, announce, on_done) for name in settings.rows]
+    rows = GATEWAYS[settings.gateway].rows
+    return [await _run_row(rows[name], settings, workload, planned, announce, on_done) for name in settings.rows]
 
 
 async def _run_row(
@@ -124,21 +127,17 @@ async def _run_row(
     on_done: Callable[[str], None],
 ) -> RowResult:
     began_s = time.monotonic()
-    announce(f"{row.name}: starting replicas and LiteLLM")
-    async with (
-        mock_fleet(settings.seed, workload.kv_tokens, settings.out) as fleet,
-        litellm_proxy(
-            litellm_config(row, {name: url for name, (url, _) in fleet.items()}, workload.kv_tokens, settings.seed),
-            settings.out,
-            row.name,
-            settings.workers,
-        ) as (target, proxy),
-    ):
-        children = [proxy, *(child for _url, child in fleet.values())]
-        announce(f"{row.name}: warming up")
-        await _warm_up(target, proxy)
-        announce(f"{row.name}: replaying")
-        outcomes = await _while_alive(children, replay(target, planned, lambda outcome: on_done(row.name)))
+    gateway = GATEWAYS[settings.gateway]
+    announce(f"{row.name}: starting replicas and {gateway.title}")
+    async with mock_fleet(settings.seed, workload.kv_tokens, settings.out) as fleet:
+        urls = {name: url for name, (url, _child) in fleet.items()}
+        setup = Setup(urls, workload.kv_tokens, settings.seed, settings.out, settings.workers)
+        async with gateway.serve(row, setup) as (target, processes):
+            announce(f"{row.name}: warming up")
+            await _warm_up(target, processes[0])
+            announce(f"{row.name}: replaying")
+            children = [*processes, *(child for _url, child in fleet.values())]
+            outcomes = await _while_alive(children, replay(target, planned, lambda outcome: on_done(row.name)))
     return RowResult(row, outcomes, time.monotonic() - began_s)
 
 
@@ -164,7 +163,7 @@ async def mock_fleet(seed: int, kv_tokens: int, folder: Path) -> AsyncIterator[d
         yield {name: ((await first_line(child))["url"], child) for name, child in children.items()}
 
 
-async def _warm_up(target: Target, proxy: Child) -> None:
+async def _warm_up(target: Target, gateway: Child) -> None:
     """Unrelated prompts, so that no row pays for imports and connections.
 
     Raises:
@@ -189,7 +188,7 @@ async def _warm_up(target: Target, proxy: Child) -> None:
     outcomes = await replay(target, planned)
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     if len(errors) == len(outcomes):
-        raise proxy.failure(f"answered no request ({errors[0]})")
+        raise gateway.failure(f"answered no request ({errors[0]})")
     await asyncio.sleep(SETTLE_S)
 
 

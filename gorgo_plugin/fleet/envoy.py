@@ -16,7 +16,6 @@ from gorgo_plugin.envoy_ext_proc.envoy_yaml import envoy_config
 from gorgo_plugin.fleet.processes import Child, ProcessError, first_line, free_port, running, until
 from gorgo_plugin.settings import Settings
 
-POOL = "replicas"  # the one cluster of an Envoy that picks by itself
 THREADS = 2  # of Envoy; more than one, so that streams of one request may meet over several connections
 
 
@@ -65,8 +64,7 @@ async def envoy_proxy(config: Mapping[str, Any], folder: Path, name: str) -> Asy
     path = folder / f"{name}.envoy.yaml"
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     command = [executable, "-c", str(path), "--concurrency", str(THREADS), "-l", "warn", "--use-dynamic-base-id"]
-    address = config["admin"]["address"]["socket_address"]
-    ready_url = f"http://{address['address']}:{address['port_value']}/ready"
+    ready_url = f"{_admin_url(config)}/ready"
     async with (
         running(f"envoy ({name})", command, folder / f"{name}.envoy.log") as child,
         aiohttp.ClientSession() as session,
@@ -81,6 +79,33 @@ async def envoy_proxy(config: Mapping[str, Any], folder: Path, name: str) -> Asy
 
         await until(child, ready)
         yield child
+
+
+async def all_well(envoy: Child, config: Mapping[str, Any]) -> None:
+    """Wait until Envoy's health checks hold every replica for well, and the service where there is one.
+
+    Raises:
+        ProcessError: they do not, or Envoy ended.
+    """
+    url = f"{_admin_url(config)}/clusters?format=json"
+    async with aiohttp.ClientSession() as session:
+
+        async def well() -> bool:
+            try:
+                async with session.get(url) as response:
+                    clusters = (await response.json(content_type=None))["cluster_statuses"]
+            except aiohttp.ClientError:
+                return False
+            hosts = [host for cluster in clusters for host in cluster.get("host_statuses", ())]
+            # A host that passes has no flag beside the status that service discovery gave it.
+            return bool(hosts) and all(host["health_status"].keys() == {"eds_health_status"} for host in hosts)
+
+        await until(envoy, well)
+
+
+def _admin_url(config: Mapping[str, Any]) -> str:
+    address = config["admin"]["address"]["socket_address"]
+    return f"http://{address['address']}:{address['port_value']}"
 
 
 @contextlib.asynccontextmanager

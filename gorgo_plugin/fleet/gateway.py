@@ -1,11 +1,11 @@
-"""The real LiteLLM proxy in front of a fleet, once with its own strategies and once with ours."""
+"""The gateways a fleet can stand behind, LiteLLM and Envoy: each with its own strategies and with our policies."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from typing import Any
 import aiohttp
 import yaml
 
+from gorgo_plugin.envoy_ext_proc.envoy_yaml import envoy_config
+from gorgo_plugin.fleet.envoy import all_well, envoy_proxy, ext_proc_service, gateway_settings, own_balancing
 from gorgo_plugin.fleet.loadgen import Target
 from gorgo_plugin.fleet.processes import Child, ProcessError, free_port, running, until
+from gorgo_plugin.settings import Settings
 
 MODEL = "m"
-API_KEY = "sk-demo"  # guards nothing: the proxy listens on the loopback for as long as the demo runs
+API_KEY = "sk-demo"  # guards nothing: the gateway listens on the loopback for as long as the demo runs
+PROBE = {"path": "/health"}  # the injected round trip shows in an answer, not in a TCP connect over the loopback
 # No look-ups on the internet, no noise in the log, and a stack in it should the interpreter crash.
 _ENVIRONMENT = {
     "PYTHONFAULTHANDLER": "1",
@@ -32,46 +36,88 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the demo's table: a strategy of LiteLLM's own, or a policy of ours."""
+    """One line of the demo's table: a strategy of the gateway's own, in its words, or a policy of ours."""
 
     name: str
-    strategy: str
+    strategy: str | None = None
     policy: str | None = None
 
 
-def _ours(policy: str) -> Row:
-    return Row(policy, "gorgo", policy)
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the gateway of a row stands in front of, and how it runs.
+
+    Attributes:
+        replicas: region name -> base URL.
+        kv_tokens: cache of each replica.
+        seed: seeds our policies.
+        folder: for its configuration and logs.
+        workers: processes of LiteLLM.
+    """
+
+    replicas: Mapping[str, str]
+    kv_tokens: int
+    seed: int
+    folder: Path
+    workers: int = 1
 
 
-ROWS = {
-    row.name: row
-    for row in (
-        Row("simple-shuffle", "simple-shuffle"),
-        Row("latency-based-routing", "latency-based-routing"),
-        Row("least-busy", "least-busy"),
-        *(
-            _ours(policy)
-            for policy in (
-                "session-affinity",
-                "nearest",
-                "random",
-                "least-load",
-                "least-request",
-                "prefix-cache",
-                "prefix-similarity",
-                "gorgo-v1-proxy",
-                "gorgo-paper",
-                "gorgo",
-            )
-        ),
-    )
-}
-DEFAULT_ROWS = ("simple-shuffle", "latency-based-routing", "session-affinity", "nearest", "gorgo")
+Serving = tuple[Target, list[Child]]  # where requests go, and the processes without which none is answered
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway and the rows it can run.
+
+    Attributes:
+        title: its name as people write it.
+        rows: by name.
+        default_rows: those of the README.
+        serve: runs it with a row's strategy for the length of the block.
+    """
+
+    title: str
+    rows: Mapping[str, Row]
+    default_rows: tuple[str, ...]
+    serve: Callable[[Row, Setup], contextlib.AbstractAsyncContextManager[Serving]]
+
+
+_POLICIES = (
+    "session-affinity",
+    "nearest",
+    "random",
+    "least-load",
+    "least-request",
+    "prefix-cache",
+    "prefix-similarity",
+    "gorgo-v1-proxy",
+    "gorgo-paper",
+    "gorgo",
+)
+
+
+def _rows(strategies: Mapping[str, str]) -> dict[str, Row]:
+    """The gateway's own strategies and all our policies; where both have a name, ours becomes `plugin-...`."""
+    own = {name: Row(name, strategy=strategy) for name, strategy in strategies.items()}
+    ours = {f"plugin-{policy}" if policy in own else policy: policy for policy in _POLICIES}
+    return own | {name: Row(name, policy=policy) for name, policy in ours.items()}
+
+
+# LiteLLM
+
+ROWS = _rows({name: name for name in ("simple-shuffle", "latency-based-routing", "least-busy")})
+
+
+@contextlib.asynccontextmanager
+async def _litellm(row: Row, setup: Setup) -> AsyncIterator[Serving]:
+    config = litellm_config(row, setup.replicas, setup.kv_tokens, setup.seed)
+    async with litellm_proxy(config, setup.folder, row.name, setup.workers) as (target, proxy):
+        yield target, [proxy]
 
 
 def litellm_config(row: Row, replicas: Mapping[str, str], kv_tokens: int, seed: int) -> dict[str, Any]:
     """LiteLLM's configuration for a row; `replicas` maps region names to base URLs."""
-    router: dict[str, Any] = {"routing_strategy": row.strategy}
+    router: dict[str, Any] = {"routing_strategy": row.strategy or "gorgo"}
     config: dict[str, Any] = {
         "model_list": [_deployment(row, name, url, kv_tokens) for name, url in replicas.items()],
         "general_settings": {"master_key": API_KEY},
@@ -79,8 +125,7 @@ def litellm_config(row: Row, replicas: Mapping[str, str], kv_tokens: int, seed: 
     }
     if row.policy is not None:
         config["litellm_settings"] = {"callbacks": ["gorgo_plugin.litellm_strategy.callback"]}
-        # The injected round trip does not show in a TCP connect over the loopback, only in an answer.
-        router["routing_strategy_args"] = {"policy": row.policy, "seed": seed, "probe": {"path": "/health"}}
+        router["routing_strategy_args"] = {"policy": row.policy, "seed": seed, "probe": dict(PROBE)}
     return config
 
 
@@ -127,3 +172,53 @@ async def litellm_proxy(
 
         await until(child, alive)
         yield target, child
+
+
+# Envoy
+
+ENVOY_ROWS = _rows({"round-robin": "ROUND_ROBIN", "least-request": "LEAST_REQUEST"})
+
+
+@contextlib.asynccontextmanager
+async def _envoy(row: Row, setup: Setup) -> AsyncIterator[Serving]:
+    """Envoy, and for a policy of ours the service beside it; entered once Envoy has found them all.
+
+    Raises:
+        ProcessError: one of them is not installed, or did not become ready.
+    """
+    content = envoy_row_settings(row, setup)
+    settings = Settings.model_validate(content)
+    async with contextlib.AsyncExitStack() as stack:
+        children = []
+        if row.strategy is not None:
+            config = own_balancing(settings, row.strategy)
+        else:
+            config = envoy_config(settings)
+            _url, service = await stack.enter_async_context(ext_proc_service(content, setup.folder, row.name))
+            children.append(service)
+        envoy = await stack.enter_async_context(envoy_proxy(config, setup.folder, row.name))
+        await all_well(envoy, config)
+        yield Target(f"http://{settings.envoy.gateway_listen}", MODEL, API_KEY), [envoy, *children]
+
+
+def envoy_row_settings(row: Row, setup: Setup) -> dict[str, Any]:
+    """gorgo.yaml of a row; of Envoy's own rows only the fleet and the listeners matter."""
+    ours = {} if row.policy is None else {"policy": row.policy, "seed": setup.seed, "probe": dict(PROBE)}
+    # Envoy is gone when the service is told to end, so there is nothing to drain.
+    return gateway_settings(setup.replicas, kv_tokens=setup.kv_tokens, envoy={"drain_s": 0.0}, **ours)
+
+
+GATEWAYS = {
+    "litellm": Gateway(
+        "LiteLLM",
+        ROWS,
+        ("simple-shuffle", "latency-based-routing", "session-affinity", "nearest", "gorgo"),
+        _litellm,
+    ),
+    "envoy": Gateway(
+        "Envoy",
+        ENVOY_ROWS,
+        ("round-robin", "least-request", "session-affinity", "nearest", "gorgo"),
+        _envoy,
+    ),
+}

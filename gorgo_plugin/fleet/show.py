@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gorgo_plugin.fleet.demo import DemoSettings, Workload, load_workload, run_rows
+from gorgo_plugin.fleet.gateway import GATEWAYS
 from gorgo_plugin.fleet.report import conclusion, describe_workload, lines, table, write_json, write_plot
 
 TABLE_COLUMNS = 128  # the table's width; narrower, rich would cut the figures
@@ -16,7 +17,7 @@ async def show_demo(settings: DemoSettings) -> None:
 
     Raises:
         WorkloadError: the trace cannot be used.
-        ProcessError: a replica or the proxy failed.
+        ProcessError: a replica or the gateway failed.
     """
     console = Console()
     console.width = max(console.width, TABLE_COLUMNS)
@@ -40,7 +41,7 @@ async def show_demo(settings: DemoSettings) -> None:
     rows = lines(results)
     write_json(settings.out / "demo.json", settings, workload, results, rows)
     write_plot(settings.out / "demo.png", results, rows)
-    console.print(table(rows), "", conclusion(rows), sep="\n")
+    console.print(table(rows, GATEWAYS[settings.gateway].title), "", conclusion(rows), sep="\n")
     console.print(f"Figures: {settings.out / 'demo.json'}  Plot: {settings.out / 'demo.png'}")
 
 

@@ -1,4 +1,4 @@
-"""The load generator and the demo, with real replicas and the real LiteLLM proxy."""
+"""The load generator and the demo, with real replicas, the real LiteLLM proxy and the real Envoy."""
 
 from __future__ import annotations
 
@@ -88,11 +88,17 @@ async def test_the_fleets_regions_are_as_far_away_as_they_say(tmp_path: Path) ->
 
 
 @pytest.mark.timeout(180)
-async def test_the_demo_compares_litellms_strategy_with_ours_and_writes_what_it_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gateway", "title", "own"), [("litellm", "LiteLLM", "simple-shuffle"), ("envoy", "Envoy", "round-robin")]
+)
+async def test_the_demo_compares_the_gateways_strategy_with_ours_and_writes_what_it_found(
+    tmp_path: Path, gateway: str, title: str, own: str
+) -> None:
     process = await asyncio.create_subprocess_exec(
         *GORGO,
         "demo",
-        "--rows=simple-shuffle,gorgo",
+        f"--gateway={gateway}",
+        f"--rows={own},gorgo",
         "--requests=12",
         f"--out={tmp_path}",
         stdout=asyncio.subprocess.PIPE,
@@ -104,8 +110,10 @@ async def test_the_demo_compares_litellms_strategy_with_ours_and_writes_what_it_
         if process.returncode is None:
             process.kill()
     assert process.returncode == 0, output
-    assert "simple-shuffle*" in output
+    assert f"{own}*" in output
+    assert f"* {title}'s own strategy" in output
     written = json.loads((tmp_path / "demo.json").read_text())
+    assert written["settings"]["gateway"] == gateway
     for row in written["rows"]:
         assert row["summary"]["errors"] == 0, row["outcomes"]
         assert sum(row["summary"]["by_replica"].values()) == 12
@@ -113,11 +121,14 @@ async def test_the_demo_compares_litellms_strategy_with_ours_and_writes_what_it_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_demo_that_is_interrupted_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    command = [*GORGO, "demo", "--requests=12", f"--out={tmp_path}"]
+@pytest.mark.parametrize(("gateway", "processes"), [("litellm", 4), ("envoy", 5)])
+async def test_a_demo_that_is_interrupted_leaves_no_process_behind(
+    tmp_path: Path, gateway: str, processes: int, number: signal.Signals
+) -> None:
+    command = [*GORGO, "demo", f"--gateway={gateway}", "--rows=gorgo", "--requests=12", f"--out={tmp_path}"]
     async with running("demo", command, tmp_path / "log") as demo:
         async with asyncio.timeout(60):
-            while len(children := psutil.Process(demo.pid).children(recursive=True)) < 4:
+            while len(children := psutil.Process(demo.pid).children(recursive=True)) < processes:
                 demo.check()
                 await asyncio.sleep(0.05)
         demo.process.send_signal(number)
@@ -130,6 +141,8 @@ async def test_a_demo_that_is_interrupted_leaves_no_process_behind(tmp_path: Pat
     ("options", "said"),
     [
         (["--rows=nearest,fastest"], "unknown row 'fastest'"),
+        (["--gateway=envoy", "--rows=simple-shuffle"], "unknown row 'simple-shuffle'; known: round-robin, "),
+        (["--gateway=envoy", "--workers=2"], "--workers: 2: Envoy runs in one process"),
         (["--trace=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--requests=3"], "--requests"),
     ],

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gorgo_plugin.fleet.bench_litellm import Slice, overhead
 from gorgo_plugin.fleet.demo import DemoSettings, RowResult, Workload, load_workload
-from gorgo_plugin.fleet.gateway import ROWS, litellm_config
+from gorgo_plugin.fleet.gateway import GATEWAYS, ROWS, Gateway, Row, Setup, envoy_row_settings, litellm_config
 from gorgo_plugin.fleet.loadgen import Outcome
 from gorgo_plugin.fleet.report import conclusion, lines, table, write_json, write_plot
 from gorgo_plugin.fleet.statistics import summarise_run, ttft_ratio
@@ -101,8 +101,9 @@ def test_the_conclusion_warns_of_a_load_generator_that_was_late() -> None:
 
 def test_the_table_has_a_line_for_each_row_and_fits_its_width() -> None:
     console = Console(file=io.StringIO(), width=128)
-    console.print(table(lines(results(latency_based_routing=20.0, gorgo=1.0))))
+    console.print(table(lines(results(latency_based_routing=20.0, gorgo=1.0)), "LiteLLM"))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "* LiteLLM's own strategy" in shown
     assert "latency-based-routing*" in shown
     assert "300/0/0" in shown
     assert "…" not in shown
@@ -118,7 +119,8 @@ def test_every_figure_is_written_down_and_the_plot_is_a_picture(tmp_path: Path) 
     assert [row["name"] for row in written["rows"]] == ["nearest", "gorgo"]
     assert len(written["rows"][0]["outcomes"]) == 300
     assert written["rows"][0]["ratios"]["p95"]["high"] < 1
-    assert written["machine"]["versions"]["litellm"]
+    assert written["settings"]["gateway"] == "litellm"
+    assert all(written["machine"]["versions"][package] for package in ("litellm", "grpcio", "xds-protos"))
     assert written["workload"]["reuse"] > 0
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
@@ -129,14 +131,34 @@ def test_a_time_scale_stretches_the_same_requests() -> None:
     assert [2 * request.at_s for request in once] == [request.at_s for request in twice]
 
 
-def test_every_policy_can_be_a_row() -> None:
-    assert set(POLICIES) - {"gorgo-proxy"} == {row.policy for row in ROWS.values()} - {None}  # an alias
+@pytest.mark.parametrize("gateway", GATEWAYS.values(), ids=GATEWAYS)
+def test_every_policy_can_be_a_row_of_every_gateway(gateway: Gateway) -> None:
+    assert set(POLICIES) - {"gorgo-proxy"} == {row.policy for row in gateway.rows.values()} - {None}  # an alias
+    assert set(gateway.default_rows) <= set(gateway.rows)
+    assert all((row.strategy is None) != (row.policy is None) for row in gateway.rows.values())
+
+
+def test_a_policy_that_shares_its_name_with_a_strategy_of_the_gateway_is_another_row() -> None:
+    rows = GATEWAYS["envoy"].rows
+    assert rows["least-request"] == Row("least-request", strategy="LEAST_REQUEST")
+    assert rows["plugin-least-request"] == Row("plugin-least-request", policy="least-request")
 
 
 def test_litellms_own_rows_know_nothing_of_the_plugin() -> None:
     config = litellm_config(ROWS["simple-shuffle"], {"us-east": "http://127.0.0.1:1"}, 1_000, 0)
     assert "gorgo" not in yaml.safe_dump(config)
     assert config["router_settings"] == {"routing_strategy": "simple-shuffle"}
+
+
+def test_a_policy_meets_the_same_settings_behind_either_gateway(tmp_path: Path) -> None:
+    setup = Setup({"us-east": "http://127.0.0.1:1"}, 1_000, 7, tmp_path)
+    content = envoy_row_settings(GATEWAYS["envoy"].rows["nearest"], setup)
+    litellm = litellm_config(ROWS["nearest"], setup.replicas, setup.kv_tokens, setup.seed)
+    assert content["replicas"] == [
+        {"url": "http://127.0.0.1:1", **entry["model_info"]["gorgo"]} for entry in litellm["model_list"]
+    ]
+    own = {name: value for name, value in content.items() if name not in ("replicas", "envoy")}
+    assert own == litellm["router_settings"]["routing_strategy_args"]
 
 
 def test_our_rows_differ_from_litellms_only_in_the_lines_a_user_adds() -> None:
