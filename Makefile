@@ -38,8 +38,9 @@ bench: $(INSTALLED) ## What the plugin costs LiteLLM, against simple-shuffle
 	$(BIN)/gorgo bench litellm
 
 .PHONY: docs
-docs: $(INSTALLED) ## Write the generated pages of docs/ anew
+docs: $(INSTALLED) ## Write the generated pages of docs/ and envoy/envoy.yaml anew
 	$(BIN)/python -m gorgo_plugin.reference
+	$(BIN)/gorgo envoy-config --config envoy/gorgo.yaml --output envoy/envoy.yaml
 
 .PHONY: test-litellm-versions
 test-litellm-versions: $(INSTALLED) ## Run the contract tests on each supported LiteLLM

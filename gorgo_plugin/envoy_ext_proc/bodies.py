@@ -70,7 +70,7 @@ def _with_option(body: bytes) -> bytes | None:
     try:
         fields: Any = msgspec.json.decode(body)
         options = fields.get("stream_options")
-        if options is None or isinstance(options, dict):
+        if options is None or (isinstance(options, dict) and "include_usage" not in options):  # a client may refuse it
             return msgspec.json.encode({**fields, "stream_options": {**(options or {}), "include_usage": True}})
     except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, RecursionError):
         pass  # the engine will say what is wrong with it

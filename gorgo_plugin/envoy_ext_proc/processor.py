@@ -143,6 +143,9 @@ class _Routing:
         """The answer to a request's body."""
         try:
             return await self._decided(body, head)
+        except asyncio.CancelledError:  # Envoy has waited long enough, or the client has left meanwhile
+            self._processor.unrouted("abandoned")
+            raise
         except (PromptError, NoCandidates) as error:
             self._processor.unrouted("prompt-error" if isinstance(error, PromptError) else "no-candidates")
         except Exception as error:  # noqa: BLE001 (counted and logged; a client must not meet an error of ours)

@@ -186,11 +186,13 @@ def test_while_a_long_prompt_is_tokenized_others_are_routed(gateway: Gateway) ->
 
 def test_a_prompt_that_takes_longer_than_envoy_waits_is_served_unrouted(gateway: Gateway, engines: Engines) -> None:
     gateway.reload(envoy={"message_timeout_s": 0.25, "max_message_timeout_s": 0.25})
+    abandoned = gateway.metric("gorgo_fallbacks_total", reason="abandoned")
     try:
         body = chat(5_000_000, 11)
         answer = gateway.post(body)
         assert answer.status_code == 200
         assert "x-gorgo-replica" not in answer.headers
         assert [*engines[0].bodies, *engines[1].bodies] == [body]
+        assert gateway.metric("gorgo_fallbacks_total", reason="abandoned") == abandoned + 1
     finally:
         gateway.reload()

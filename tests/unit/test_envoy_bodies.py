@@ -110,6 +110,10 @@ def test_usage_is_asked_for_and_the_rest_of_the_body_stays(fields: dict[str, Any
         assert json.loads(asking) == {**fields, "stream_options": options}
 
 
+def test_a_client_that_refuses_its_usage_is_left_alone() -> None:
+    assert asking_for_usage(b'{"stream": true, "stream_options": {"include_usage": false}}', CHAT) is None
+
+
 def test_what_the_client_wrote_stays_byte_for_byte() -> None:
     body = b'{ "z":1.0,\t"a": "\\u00e4",\n"z":2 }'
     asking = asking_for_usage(body, CHAT)
