@@ -23,6 +23,10 @@ help: ## Show this list
 demo: $(INSTALLED) ## Three regions, the real LiteLLM proxy, five strategies: one table and a plot
 	$(BIN)/gorgo demo
 
+.PHONY: demo-envoy
+demo-envoy: $(INSTALLED) ## The same through the real Envoy, against its own load balancing
+	$(BIN)/gorgo demo --gateway envoy
+
 .PHONY: test
 test: check ## Check, then run all tests
 	$(BIN)/python -m pytest
@@ -36,6 +40,14 @@ check: $(INSTALLED) ## Lint, formatting and types
 .PHONY: bench
 bench: $(INSTALLED) ## What the plugin costs LiteLLM, against simple-shuffle
 	$(BIN)/gorgo bench litellm
+
+.PHONY: bench-envoy
+bench-envoy: $(INSTALLED) ## What the service costs Envoy, against no filter and a service that does nothing
+	$(BIN)/gorgo bench envoy
+
+.PHONY: soak
+soak: $(INSTALLED) ## Ten minutes of requests through Envoy, with clients that leave: nothing may grow or stay open
+	$(BIN)/gorgo soak
 
 .PHONY: docs
 docs: $(INSTALLED) ## Write the generated pages of docs/ and envoy/envoy.yaml anew

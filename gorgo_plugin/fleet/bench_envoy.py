@@ -32,7 +32,8 @@ NO_FILTER, IDLE, OURS = VARIANTS = ("no filter", "does nothing", "gorgo")
 UPSTREAMS = 3
 KV_TOKENS = 10_000_000  # instant upstreams have no cache to overflow
 MESSAGE_WORDS = 300  # of the messages a conversation begins with
-TURN_WORDS = 60  # of each message that follows
+TURN_WORDS = 40  # of each message that follows
+TURNS = 6  # of each conversation that are counted
 CHARS_PER_WORD = 5.4  # of passages, with the space
 UNCOUNTED_TURNS = 2
 _CHAT = "/v1/chat/completions"
@@ -40,25 +41,25 @@ _CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Clients in a closed loop, each with a conversation that begins at `body_bytes` and grows by a turn per request.
+    """Clients in a closed loop, with conversations that begin at `body_bytes` and grow by a turn per request.
 
-    The variants are measured slice by slice in turn, so that a slow second of the machine falls on none alone. In each
-    slice conversations begin anew; their first turns, where all the text is new, are not counted.
+    The variants are measured slice by slice in turn, so that a slow second of the machine falls on none alone. Each
+    slice has conversations of its own, so many a client; their first turns, where all the text is new, are not counted.
     """
 
     clients: int
     body_bytes: int
     slices: int
-    slice_turns: int
+    conversations: int
 
 
 LOADS = {
-    "1 KB, 1 client": Load(1, 1_000, 12, 10),
-    "80 KB, 1 client": Load(1, 80_000, 12, 10),
-    "1 KB, 32 clients": Load(32, 1_000, 4, 6),
-    "80 KB, 32 clients": Load(32, 80_000, 4, 6),
+    "1 KB, 1 client": Load(1, 1_000, 8, 6),
+    "80 KB, 1 client": Load(1, 80_000, 8, 6),
+    "1 KB, 32 clients": Load(32, 1_000, 4, 2),
+    "80 KB, 32 clients": Load(32, 80_000, 4, 2),
 }
-WARM_UP = Load(4, 1_000, 2, 10)
+WARM_UP = Load(4, 1_000, 2, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +183,11 @@ async def _measure(
     for number in range(load.slices):
         order = list(gateways)[:: 1 if number % 2 == 0 else -1]
         for variant in order:
-            clients = [_bodies(load, next(numbers)) for _ in range(load.clients)]
-            for bodies in clients:
+            clients = [[_bodies(load, next(numbers)) for _ in range(load.conversations)] for _ in range(load.clients)]
+            for bodies in itertools.chain(*clients):
                 for _ in range(UNCOUNTED_TURNS):
                     await _ask(session, gateways[variant].url, next(bodies))
-            slices[variant].append(await _slice(session, gateways[variant], clients, load.slice_turns))
+            slices[variant].append(await _slice(session, gateways[variant], clients))
     return slices
 
 
@@ -205,10 +206,10 @@ def _bodies(load: Load, number: int) -> Iterator[bytes]:
 
 
 async def _slice(
-    session: aiohttp.ClientSession, gateway: Gateway, clients: Sequence[Iterator[bytes]], turns: int
+    session: aiohttp.ClientSession, gateway: Gateway, clients: Sequence[Sequence[Iterator[bytes]]]
 ) -> Slice:
-    async def client(bodies: Iterator[bytes]) -> list[float]:
-        return [await _ask(session, gateway.url, next(bodies)) for _ in range(turns)]
+    async def client(conversations: Sequence[Iterator[bytes]]) -> list[float]:
+        return [await _ask(session, gateway.url, next(bodies)) for bodies in conversations for _ in range(TURNS)]
 
     cpu_s, began_s = _cpu_s(gateway.service), time.monotonic()
     times = await asyncio.gather(*map(client, clients))
