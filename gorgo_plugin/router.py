@@ -28,6 +28,7 @@ from gorgo_plugin.replicas import Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
 from gorgo_plugin.signals.columns import SlotArray
+from gorgo_plugin.state import State
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
 # refuses for its own sake (`invalid`) does not.
@@ -79,11 +80,14 @@ class Router:
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
+        self._state = State(
+            self._replicas, self._latency, self._flights, self._gauges, self._health, self._models, self._model
+        )
         self._swept_s = clock()
         self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
         self.set_replicas(settings.replicas)
         if state is not None:
-            self._restore(state)
+            self._state.restore(state, clock())
 
     # Deciding
 
@@ -332,9 +336,7 @@ class Router:
                 "version": 1,
                 "policy": self._policy.name,
                 "weights": {"rtt": self._weights[0], "queue": self._weights[1]},
-                "replicas": {self._replicas[slot].name: self._describe(slot, now) for slot in self._replicas.slots},
-                "models": {name: {"token_scale": model.scale} for name, model in self._models.items()},
-                "flights": self._flights_by_name(),
+                **self._state.describe(now),
                 "counters": dict(self._counters),
             }
 
@@ -479,52 +481,6 @@ class Router:
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
             self.sweep()
-
-    # State as plain data; the lock is held
-
-    def _flights_by_name(self) -> dict[str, int]:
-        counts = {self._replicas[slot].name: 0 for slot in self._replicas.slots}
-        for slot, count in self._flights.open_per_slot().items():
-            name = self._replicas.name(slot)
-            if name is not None:
-                counts[name] += count
-        return counts
-
-    def _describe(self, slot: int, now: float) -> dict[str, Any]:
-        replica, one = self._replicas[slot], np.array([slot])
-        return {
-            "region": replica.region,
-            "kv_tokens": replica.kv_tokens,
-            "latency": self._latency.describe(slot, now),
-            "health": self._health.describe(slot, now),
-            "load": {
-                "waiting": int(self._flights.column("waiting", one)[0]),
-                "decoding": int(self._flights.column("decoding", one)[0]),
-                "queued_tokens": float(self._flights.column("queued_tokens", one)[0]),
-            },
-            "gauges": self._gauges.describe(slot, now),
-            "models": {
-                name: {
-                    **model.rates.describe(slot),
-                    "index_tokens": round(model.index.held_blocks(slot) * model.block_tokens * model.scale),
-                }
-                for name, model in self._models.items()
-            },
-        }
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        now = self._clock()
-        for name, known in state.get("models", {}).items():
-            self._model(name).restore_scale(float(known["token_scale"]))
-        for name, known in state.get("replicas", {}).items():
-            slot = self._replicas.slot(name)
-            if slot is None:
-                continue
-            latency = known["latency"]
-            if latency["rtt_ms"] is not None:
-                self._latency.restore(slot, latency["rtt_ms"], latency["spread_ms"], now - latency["age_s"])
-            for model, rates in known["models"].items():
-                self._model(model).rates.restore(slot, rates["ms_per_token"], rates["overhead_ms"], rates["samples"])
 
 
 def _prepared_by(settings: Settings) -> tuple[Any, ...]:

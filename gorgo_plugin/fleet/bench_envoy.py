@@ -25,6 +25,7 @@ from gorgo_plugin.envoy_ext_proc.envoy_yaml import envoy_config
 from gorgo_plugin.fleet.envoy import envoy_proxy, ext_proc_service, gateway_settings
 from gorgo_plugin.fleet.passages import Passage
 from gorgo_plugin.fleet.processes import Child, ProcessError, first_line, running
+from gorgo_plugin.fleet.slices import Slice, cpu_s
 from gorgo_plugin.fleet.statistics import Ratio, median_ratio
 from gorgo_plugin.settings import Settings
 
@@ -60,15 +61,6 @@ LOADS = {
     "80 KB, 32 clients": Load(32, 80_000, 4, 2),
 }
 WARM_UP = Load(4, 1_000, 2, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """What was seen in one slice; `cpu_s` is the service's, 0 without one."""
-
-    cpu_s: float
-    wall_s: float
-    times_ms: tuple[float, ...]  # of each request, to the end of its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +203,10 @@ async def _slice(
     async def client(conversations: Sequence[Iterator[bytes]]) -> list[float]:
         return [await _ask(session, gateway.url, next(bodies)) for bodies in conversations for _ in range(TURNS)]
 
-    cpu_s, began_s = _cpu_s(gateway.service), time.monotonic()
+    began_cpu_s, began_s = _service_cpu_s(gateway), time.monotonic()
     times = await asyncio.gather(*map(client, clients))
     wall_s = time.monotonic() - began_s
-    return Slice(_cpu_s(gateway.service) - cpu_s, wall_s, tuple(itertools.chain(*times)))
+    return Slice(_service_cpu_s(gateway) - began_cpu_s, wall_s, tuple(itertools.chain(*times)))
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes) -> float:
@@ -227,11 +219,8 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes) -> float:
     return (time.monotonic() - began_s) * 1e3
 
 
-def _cpu_s(process: psutil.Process | None) -> float:
-    if process is None:
-        return 0.0
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _service_cpu_s(gateway: Gateway) -> float:
+    return 0.0 if gateway.service is None else cpu_s(gateway.service)
 
 
 async def _check_all_were_routed(session: aiohttp.ClientSession, gateway: Gateway) -> None:

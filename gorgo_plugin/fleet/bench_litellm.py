@@ -25,6 +25,7 @@ from gorgo_plugin.fleet.instant import instant_upstreams
 from gorgo_plugin.fleet.loadgen import Shot, Target, replay
 from gorgo_plugin.fleet.passages import Passage
 from gorgo_plugin.fleet.processes import Child, ProcessError
+from gorgo_plugin.fleet.slices import Slice, cpu_s
 from gorgo_plugin.fleet.statistics import Ratio, median_ratio
 
 LOOP_WATCH_FILE = "GORGO_LOOP_WATCH"  # environment variable: where `loop_watch` writes
@@ -58,15 +59,6 @@ LOADS = {
     "16 clients": Load(16, 5, 3),
     "1 client, every prompt new": Load(1, 3, 5, cold=True),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """What a proxy did in one slice."""
-
-    cpu_s: float
-    wall_s: float
-    times_ms: tuple[float, ...]  # of each request, to the end of its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +143,10 @@ class Run:
         Raises:
             ProcessError: a request was not answered.
         """
-        cpu_s, began_s = _cpu_s(self._process), time.monotonic()
+        began_cpu_s, began_s = cpu_s(self._process), time.monotonic()
         times = await asyncio.gather(*map(self._client, self._bodies))
         wall_s = time.monotonic() - began_s
-        return Slice(_cpu_s(self._process) - cpu_s, wall_s, tuple(itertools.chain(*times)))
+        return Slice(cpu_s(self._process) - began_cpu_s, wall_s, tuple(itertools.chain(*times)))
 
     async def _client(self, body: Iterator[bytes]) -> list[float]:
         turns, cold = self._load.slice_turns, self._load.cold
@@ -186,11 +178,6 @@ async def _turn(target: Target, body: bytes) -> float:
     if outcome.error is not None or outcome.e2e_ms is None:
         raise ProcessError(f"{target.url} did not answer: {outcome.error}")
     return outcome.e2e_ms
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 @contextlib.asynccontextmanager
