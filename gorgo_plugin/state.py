@@ -1,0 +1,83 @@
+"""What a router knows as plain data: written for status pages and metrics, and taken over by another router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gorgo_plugin.models import ModelState
+from gorgo_plugin.replicas import Replicas
+from gorgo_plugin.signals import Flights, GaugeTable, HealthTable, LatencyTable
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The tables of a router, which holds its lock while they are read here.
+
+    Attributes:
+        models: those in use, by name.
+        model: the model of a name, made when it is new.
+    """
+
+    replicas: Replicas
+    latency: LatencyTable
+    flights: Flights
+    gauges: GaugeTable
+    health: HealthTable
+    models: Mapping[str, ModelState]
+    model: Callable[[str], ModelState]
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Replicas, models and open flights, by name."""
+        return {
+            "replicas": {self.replicas[slot].name: self._replica(slot, now) for slot in self.replicas.slots},
+            "models": {name: {"token_scale": model.scale} for name, model in self.models.items()},
+            "flights": self._flights(),
+        }
+
+    def restore(self, state: Mapping[str, Any], now: float) -> None:
+        """Take over round trips, rates and token scales of a `Router.snapshot()`."""
+        for name, known in state.get("models", {}).items():
+            self.model(name).restore_scale(float(known["token_scale"]))
+        for name, known in state.get("replicas", {}).items():
+            slot = self.replicas.slot(name)
+            if slot is None:
+                continue
+            latency = known["latency"]
+            if latency["rtt_ms"] is not None:
+                self.latency.restore(slot, latency["rtt_ms"], latency["spread_ms"], now - latency["age_s"])
+            for model, rates in known["models"].items():
+                self.model(model).rates.restore(slot, rates["ms_per_token"], rates["overhead_ms"], rates["samples"])
+
+    def _flights(self) -> dict[str, int]:
+        counts = {self.replicas[slot].name: 0 for slot in self.replicas.slots}
+        for slot, count in self.flights.open_per_slot().items():
+            name = self.replicas.name(slot)
+            if name is not None:
+                counts[name] += count
+        return counts
+
+    def _replica(self, slot: int, now: float) -> dict[str, Any]:
+        replica, one = self.replicas[slot], np.array([slot])
+        return {
+            "region": replica.region,
+            "kv_tokens": replica.kv_tokens,
+            "latency": self.latency.describe(slot, now),
+            "health": self.health.describe(slot, now),
+            "load": {
+                "waiting": int(self.flights.column("waiting", one)[0]),
+                "decoding": int(self.flights.column("decoding", one)[0]),
+                "queued_tokens": float(self.flights.column("queued_tokens", one)[0]),
+            },
+            "gauges": self.gauges.describe(slot, now),
+            "models": {
+                name: {
+                    **model.rates.describe(slot),
+                    "index_tokens": round(model.index.held_blocks(slot) * model.block_tokens * model.scale),
+                }
+                for name, model in self.models.items()
+            },
+        }
