@@ -129,6 +129,7 @@ class StubEngine:
         self.requests.clear()
         self.headers.clear()
         self.bodies.clear()
+        self.models = None
 
     def _serve(self, ready: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)

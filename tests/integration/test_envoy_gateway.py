@@ -40,27 +40,14 @@ ASKED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Engines]:
-    with StubEngine("near") as near, StubEngine("far") as far:
-        yield near, far
-
-
-@pytest.fixture(scope="module")
-def process(pair: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def process(engine_pair: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     served = {"near": ["m"], "far": ["m", "e"]}
     replicas = [
-        {"name": one.name, "region": f"{one.name}-region", "url": one.url, "models": served[one.name]} for one in pair
+        {"name": one.name, "region": f"{one.name}-region", "url": one.url, "models": served[one.name]}
+        for one in engine_pair
     ]
     with running(tmp_path_factory.mktemp("gateway"), replicas) as gateway:
         yield gateway
-
-
-@pytest.fixture
-def engines(pair: Engines) -> Engines:
-    for engine in pair:
-        engine.reset()
-        engine.models = None
-    return pair
 
 
 @pytest.fixture

@@ -45,22 +45,9 @@ def replicas_of(engines: Engines) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Engines]:
-    with StubEngine("near") as near, StubEngine("far") as far:
-        yield near, far
-
-
-@pytest.fixture(scope="module")
-def process(pair: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with running(tmp_path_factory.mktemp("service"), replicas_of(pair)) as gateway:
+def process(engine_pair: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with running(tmp_path_factory.mktemp("service"), replicas_of(engine_pair)) as gateway:
         yield gateway
-
-
-@pytest.fixture
-def engines(pair: Engines) -> Engines:
-    for engine in pair:
-        engine.reset()
-    return pair
 
 
 @pytest.fixture
