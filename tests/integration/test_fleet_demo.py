@@ -120,8 +120,9 @@ async def test_the_demo_compares_the_gateways_strategy_with_ours_and_writes_what
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("gateway", "processes"), [("litellm", 4), ("envoy", 5)])
+@pytest.mark.parametrize(
+    ("gateway", "processes", "number"), [("litellm", 4, signal.SIGTERM), ("envoy", 5, signal.SIGINT)]
+)
 async def test_a_demo_that_is_interrupted_leaves_no_process_behind(
     tmp_path: Path, gateway: str, processes: int, number: signal.Signals
 ) -> None:
