@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.envoy_ext_proc.messages import Served
 from gorgo_plugin.runtime import Runtime
 from gorgo_plugin.runtime.attempts import Attempt
 from gorgo_plugin.runtime.outcomes import kind_of_status
 
-# The routing stream of a short answer may end before the last piece was watched; they are milliseconds apart.
-GRACE_S = 0.25
 _UPSTREAM = "via_upstream"  # Envoy's word for an answer that came from a replica
 
 
@@ -32,6 +28,7 @@ class EnvoyAttempt(Attempt):
         self.endpoint = endpoint
         self.reads_usage = reads_usage
         self._served = False
+        self._unsettled = False
 
     def served(self, served: Served) -> None:
         """The answer's headers have come."""
@@ -45,7 +42,8 @@ class EnvoyAttempt(Attempt):
         """The request is over. Envoy does not say whether it was answered or its client left.
 
         Args:
-            watched: pieces of the answer are seen, so one that was complete has been or will be seen in a moment.
+            watched: pieces of the answer are seen, so one that was complete has been or will be seen in a moment, and
+                `settle` decides after it.
         """
         if self.closed is not None:
             return
@@ -54,9 +52,12 @@ class EnvoyAttempt(Attempt):
         elif not watched or (self.began and not self.reads_usage):
             self.finish()
         else:
-            asyncio.get_running_loop().call_later(GRACE_S, self._settle)
+            self._unsettled = True
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Nothing more will be seen of a request that left: decide how it ended."""
+        if not self._unsettled or self.closed is not None:
+            return
         if self.began:
             self.finish()
         else:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,8 +23,9 @@ from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
 from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.runtime import Runtime
 
-# How long an attempt is known to its observing stream when its request is over; the two are milliseconds apart.
-KEPT_S = 5.0
+# How long an attempt is open to its observing stream when its request is over; the two are milliseconds apart.
+KEPT_S = 0.5
+TIDY_S = 0.1  # one timer for all requests: one each would cost a twentieth of the service's work
 ASK_AFTER = 0.6  # share of the message timeout after which the service asks for more
 LOGGED_EVERY_S = 10.0
 
@@ -42,6 +44,7 @@ class Processor:
         self.runtime = runtime
         self.streams = 0
         self._attempts: dict[str, EnvoyAttempt] = {}
+        self._left: deque[tuple[float, EnvoyAttempt]] = deque()  # when its request was over; the first ones first
         self._boot = secrets.token_hex(4)  # a stream that outlives a restart must not meet another request's attempt
         self._count = 0
         self._watched = False  # whether Envoy sends answers to watch; without, their headers are all that is seen
@@ -73,7 +76,19 @@ class Processor:
     def left(self, attempt: EnvoyAttempt) -> None:
         """The request of an attempt is over; what its observing stream may still bring is taken for a moment."""
         attempt.left(self._watched)
-        asyncio.get_running_loop().call_later(KEPT_S, self._attempts.pop, attempt.id, None)
+        loop = asyncio.get_running_loop()
+        self._left.append((loop.time(), attempt))
+        if len(self._left) == 1:
+            loop.call_later(TIDY_S, self._tidy)
+
+    def _tidy(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._left and self._left[0][0] <= loop.time() - KEPT_S:
+            _, attempt = self._left.popleft()
+            del self._attempts[attempt.id]
+            attempt.settle()
+        if self._left:
+            loop.call_later(TIDY_S, self._tidy)
 
     def unrouted(self, reason: str, error: Exception | None = None) -> None:
         """A request is left to Envoy."""
@@ -113,6 +128,7 @@ class _Routing:
         self._runtime = processor.runtime
         self._context = context
         self._head: Head | None = None
+        self._asking: asyncio.TimerHandle | None = None
         self._asked: asyncio.Future[None] | None = None
         self._attempt: EnvoyAttempt | None = None
 
@@ -170,18 +186,24 @@ class _Routing:
 
     async def _prepared(self, body: bytes, head: Head) -> tuple[bytes, Prompt]:
         """The body unpacked, and its prompt. Envoy is asked to wait longer where that takes long."""
-        envoy = self._runtime.settings.envoy
-        loop = asyncio.get_running_loop()
-        asking = loop.call_later(ASK_AFTER * envoy.message_timeout_s, self._ask_for_time, envoy.max_message_timeout_s)
         try:
             if head.encoding:
-                body = await asyncio.to_thread(unpacked, body, head.encoding, envoy.max_body_bytes)
-            return body, await self._runtime.prepare(body, head.endpoint)
+                self._waiting()
+                limit_bytes = self._runtime.settings.envoy.max_body_bytes
+                body = await asyncio.to_thread(unpacked, body, head.encoding, limit_bytes)
+            return body, await self._runtime.prepare(body, head.endpoint, waiting=self._waiting)
         finally:
-            asking.cancel()
+            if self._asking is not None:
+                self._asking.cancel()
 
-    def _ask_for_time(self, seconds: float) -> None:
-        self._asked = asyncio.ensure_future(self._context.write(messages.more_time(seconds)))
+    def _waiting(self) -> None:
+        if self._asking is None:
+            after_s = ASK_AFTER * self._runtime.settings.envoy.message_timeout_s
+            self._asking = asyncio.get_running_loop().call_later(after_s, self._ask_for_time)
+
+    def _ask_for_time(self) -> None:
+        asking = self._context.write(messages.more_time(self._runtime.settings.envoy.max_message_timeout_s))
+        self._asked = asyncio.ensure_future(asking)
         self._asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # the stream may be gone
 
     def _destinations(self, decision: Decision) -> str:

@@ -175,7 +175,7 @@ class PromptBuilder:
     ) -> None:
         """Remember a chat's messages for the request that goes on from them."""
         messages = len(ids) - len(answer_header)
-        if np.array_equal(ids[messages:], answer_header):
+        if ids[messages:].tobytes() == answer_header.tobytes():
             self._continuations.remember(body, fields, model, ids[:messages], exact)
 
     def _conversation_stretches(self, model: PromptModel, conversation: Conversation) -> tuple[list[Stretch], bool]:

@@ -94,8 +94,12 @@ class Runtime:
         if not self._background.join(STOP_TIMEOUT_S):
             _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
 
-    async def prepare(self, body: Body, endpoint: str, model: str | None = None) -> Prompt:
+    async def prepare(
+        self, body: Body, endpoint: str, model: str | None = None, waiting: Callable[[], None] | None = None
+    ) -> Prompt:
         """Turn a request body into a prompt; long work is done in a thread, so that the event loop is not held.
+
+        `waiting` is called when that happens.
 
         Raises:
             PromptError: the body holds no prompt.
@@ -105,14 +109,15 @@ class Runtime:
         try:
             if longer_than(body, PLAN_INLINE_CHARS):
                 where = "executor"
-                prompt = await self._in_thread(functools.partial(self.router.prepare, body, endpoint, model))
+                whole = functools.partial(self.router.prepare, body, endpoint, model)
+                prompt = await self._in_thread(whole, waiting)
             else:
                 plan = self.router.builder.plan(body, endpoint, model)
                 if plan.cold_chars <= self.settings.prepare.inline_chars:
                     prompt = plan.finish()
                 else:
                     where = "executor"
-                    prompt = await self._in_thread(plan.finish)
+                    prompt = await self._in_thread(plan.finish, waiting)
         except PromptError:
             self.metrics.prompt_error(model or "")
             raise
@@ -191,9 +196,11 @@ class Runtime:
             if job.replica.name == replica:
                 yield "probe" if isinstance(job, ProbeJob) else "scrape", job.watch
 
-    async def _in_thread(self, work: Callable[[], Prompt]) -> Prompt:
+    async def _in_thread(self, work: Callable[[], Prompt], waiting: Callable[[], None] | None) -> Prompt:
         if self._stopped:
             return work()
+        if waiting is not None:
+            waiting()
         executor = self._executor
         if executor is None:
             executor = ThreadPoolExecutor(self.settings.prepare.threads, thread_name_prefix="gorgo-prepare")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,13 +41,6 @@ def failures_in_a_row(runtime: Runtime, name: str) -> Any:
 
 def answer(status: int = 200, replica: str | None = "near", attempts: int = 1, details: str = "via_upstream") -> Served:
     return Served(status, replica, attempts, details)
-
-
-async def closed(attempt: EnvoyAttempt) -> str | None:
-    async with asyncio.timeout(5):
-        while attempt.closed is None:
-            await asyncio.sleep(0.01)
-    return attempt.closed
 
 
 @pytest.mark.parametrize(
@@ -131,7 +123,8 @@ async def test_of_an_answer_that_was_watched_in_vain_nothing_is_learned(runtime:
     attempt.served(answer())
     attempt.left(watched=True)
     assert attempt.closed is None
-    assert await closed(attempt) == "disconnect"
+    attempt.settle()
+    assert attempt.closed == "disconnect"
 
 
 async def test_usage_may_come_a_moment_after_the_end(runtime: Runtime) -> None:
@@ -151,7 +144,8 @@ async def test_a_stream_without_its_usage_is_finished_all_the_same(runtime: Runt
     attempt.served(answer())
     attempt.first_token()
     attempt.left(watched=True)
-    assert await closed(attempt) == "finished"
+    attempt.settle()
+    assert attempt.closed == "finished"
     assert flights(runtime) == {"near": 0, "far": 0}
 
 
