@@ -21,6 +21,7 @@ from gorgo_plugin.prompt.vocabulary import Ids
 
 LONG_BYTES = 2048  # shorter bodies are read as fast as they are found
 OBJECTS_LOOKED_AT = 512  # before one begins where the known part ended; code and tools are full of braces
+HASHED = 4  # beginnings that end as a known one does; a second one of them is made to look so
 CLOSINGS_LOOKED_AT = 8  # places where the list of messages may end
 AFTER_BYTES = 64 * 1024  # of the fields after the messages
 _COMMA = ord(",")
@@ -81,12 +82,10 @@ class Continuations:
         """The longest part of a body that was prepared before."""
         if len(body) < LONG_BYTES:
             return None
+        keys = [(end, _mark(body, end)) for end in _ends(body)]
         with self._lock:
-            for end in _ends(body):
-                known = self._known.get((end, _mark(body, end)))
-                if known is not None and hash(body[:end]) == known.digest:
-                    return known
-        return None
+            alike = [self._known[key] for key in keys if key in self._known]
+        return next((known for known in alike[:HASHED] if hash(body[: known.end]) == known.digest), None)
 
     def remember(self, body: bytes, fields: Mapping[str, Any], model: str, ids: Ids, exact: bool) -> None:
         """Keep what was prepared of a body.

@@ -7,6 +7,7 @@ import json
 import random
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from gorgo_plugin import Prompt, Settings
 from gorgo_plugin.errors import PromptError
-from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.prompt import PromptBuilder, continuation
 from gorgo_plugin.prompt.continuation import Known
 from gorgo_plugin.prompt.endpoints import CHAT
 
@@ -206,3 +207,15 @@ def test_a_field_that_changes_between_two_turns_is_read_anew(changed: dict[str, 
     going_on().prepare(body(messages, {}, fields, False), CHAT)
     sent = body([*messages, {"role": "user", "content": "more"}], {}, fields | changed, False)
     assert_alike(prepared(going_on(), sent), prepared(forgetful(), sent))
+
+
+def test_a_body_made_to_look_like_many_known_ones_is_hashed_a_few_times() -> None:
+    messages = [LONG]
+    for _ in range(30):  # every turn ends alike
+        messages = [*messages, {"role": "user", "content": "the same words, and more than a mark of them"}]
+        going_on().prepare(body(messages, {"model": "m"}, {}, False), CHAT)
+    known = body(messages, {"model": "m"}, {}, False)
+    altered = known.replace(b"helpful", b"hopeful", 1)
+    with patch.object(continuation, "hash", side_effect=hash, create=True) as hashed:
+        assert going_on()._continuations.find(altered) is None
+    assert sum(len(call.args[0]) > 1000 for call in hashed.call_args_list) == continuation.HASHED
