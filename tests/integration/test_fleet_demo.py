@@ -89,16 +89,20 @@ async def test_the_fleets_regions_are_as_far_away_as_they_say(tmp_path: Path) ->
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("gateway", "title", "own"), [("litellm", "LiteLLM", "simple-shuffle"), ("envoy", "Envoy", "round-robin")]
+    ("gateway", "title", "own", "rows"),
+    [
+        ("litellm", "LiteLLM", "simple-shuffle", "simple-shuffle"),  # it takes ten seconds to start: once is enough
+        ("envoy", "Envoy", "round-robin", "round-robin,gorgo"),
+    ],
 )
 async def test_the_demo_compares_the_gateways_strategy_with_ours_and_writes_what_it_found(
-    tmp_path: Path, gateway: str, title: str, own: str
+    tmp_path: Path, gateway: str, title: str, own: str, rows: str
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         *GORGO,
         "demo",
         f"--gateway={gateway}",
-        f"--rows={own},gorgo",
+        f"--rows={rows}",
         "--requests=12",
         f"--out={tmp_path}",
         stdout=asyncio.subprocess.PIPE,
@@ -114,6 +118,7 @@ async def test_the_demo_compares_the_gateways_strategy_with_ours_and_writes_what
     assert f"* {title}'s own strategy" in output
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written["settings"]["gateway"] == gateway
+    assert [row["name"] for row in written["rows"]] == rows.split(",")
     for row in written["rows"]:
         assert row["summary"]["errors"] == 0, row["outcomes"]
         assert sum(row["summary"]["by_replica"].values()) == 12

@@ -100,7 +100,7 @@ def test_raw_text_gives_the_ids_of_the_whole(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(STYLES))
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(text=TEXTS)
 def test_the_shortest_pieces_join_as_well(name: str, text: str) -> None:
     builder, tokenizer, _ = style(name)
