@@ -139,10 +139,12 @@ class PromptBuilder:
             with contextlib.suppress(PromptError):  # said again below, with the message's number in the whole
                 request = read_request(rest, CHAT)
                 if known.model == (request.model if name is None else name):
-                    return self._plan(request, known.model, known, partial(self._keep, body, rest))
+                    return self._plan(request, known.model, known, partial(self._keep, body, rest, known))
         fields = parse(body)
         request = read_request(fields, CHAT)
-        return self._plan(request, request.model if name is None else name, keep=partial(self._keep, body, fields))
+        return self._plan(
+            request, request.model if name is None else name, keep=partial(self._keep, body, fields, None)
+        )
 
     def _plan(self, request: Request, name: str, known: Known | None = None, keep: Keep | None = None) -> Plan:
         model, content = self._models.get(name, self._default), request.content
@@ -171,12 +173,19 @@ class PromptBuilder:
         return Plan(recalled, build, partial(keep, name, model.answer_header, exact))
 
     def _keep(
-        self, body: bytes, fields: Mapping[str, Any], model: str, answer_header: Ids, exact: bool, ids: Ids
+        self,
+        body: bytes,
+        fields: Mapping[str, Any],
+        known: Known | None,
+        model: str,
+        answer_header: Ids,
+        exact: bool,
+        ids: Ids,
     ) -> None:
         """Remember a chat's messages for the request that goes on from them."""
         messages = len(ids) - len(answer_header)
         if ids[messages:].tobytes() == answer_header.tobytes():
-            self._continuations.remember(body, fields, model, ids[:messages], exact)
+            self._continuations.remember(body, fields, model, ids[:messages], exact, known)
 
     def _conversation_stretches(self, model: PromptModel, conversation: Conversation) -> tuple[list[Stretch], bool]:
         media: dict[str, bytes] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from gorgo_plugin.prompt.vocabulary import Ids
 LONG_BYTES = 2048  # shorter bodies are read as fast as they are found
 OBJECTS_LOOKED_AT = 512  # before one begins where the known part ended; code and tools are full of braces
 HASHED = 4  # beginnings that end as a known one does; a second one of them is made to look so
+ENDS = 64  # of one conversation; then it is hashed as a whole, or each turn would be one hash more
 CLOSINGS_LOOKED_AT = 8  # places where the list of messages may end
 AFTER_BYTES = 64 * 1024  # of the fields after the messages
 _COMMA = ord(",")
@@ -38,8 +39,8 @@ class Known:
     """The part of a body that was prepared before.
 
     Attributes:
-        end: its length in bytes, up to the end of a message.
-        digest: hash of its bytes.
+        ends: its length in bytes, up to the end of a message, and before it the lengths it had in earlier requests.
+        digest: hash of its bytes, stretch by stretch between the ends, so that a turn more takes a hash of the turn.
         head: the fields in front of the messages.
         tools: as the body had them, wherever; they are rendered in front of the messages.
         model: name of the model it was prepared for.
@@ -47,7 +48,7 @@ class Known:
         exact: whether these are the engine's own.
     """
 
-    end: int
+    ends: tuple[int, ...]
     digest: int
     head: Mapping[str, Any]
     tools: Any
@@ -57,7 +58,7 @@ class Known:
 
     def rest(self, body: bytes) -> dict[str, Any] | None:
         """The fields of a body that begins like this, its `messages` being the new ones; None where there are none."""
-        after = body[self.end :].lstrip()
+        after = body[self.ends[-1] :].lstrip()
         if not after.startswith(b","):
             return None
         try:
@@ -82,12 +83,23 @@ class Continuations:
         """The longest part of a body that was prepared before."""
         if len(body) < LONG_BYTES:
             return None
-        keys = [(end, _mark(body, end)) for end in _ends(body)]
-        with self._lock:
-            alike = [self._known[key] for key in keys if key in self._known]
-        return next((known for known in alike[:HASHED] if hash(body[: known.end]) == known.digest), None)
+        hashed = 0
+        for end in _ends(body):
+            key = end, _mark(body, end)
+            with self._lock:
+                known = self._known.get(key)
+            if known is None:
+                continue
+            if _digest(body, known.ends) == known.digest:
+                return known
+            hashed += 1
+            if hashed == HASHED:
+                break
+        return None
 
-    def remember(self, body: bytes, fields: Mapping[str, Any], model: str, ids: Ids, exact: bool) -> None:
+    def remember(
+        self, body: bytes, fields: Mapping[str, Any], model: str, ids: Ids, exact: bool, before: Known | None = None
+    ) -> None:
         """Keep what was prepared of a body.
 
         Args:
@@ -96,6 +108,7 @@ class Continuations:
             model: what it was prepared for.
             ids: of its messages, without the header of an answer.
             exact: whether these are the engine's own.
+            before: what was found of it.
         """
         if len(body) < LONG_BYTES or ids.nbytes + ENTRY_BYTES > self._known.maxsize:
             return
@@ -104,7 +117,13 @@ class Continuations:
             return
         names = list(fields)
         head = {name: fields[name] for name in names[: names.index("messages")]}
-        known = Known(end, hash(body[:end]), head, fields.get("tools"), model, ids, exact)
+        ends: tuple[int, ...] = (end,)
+        if before is not None and len(before.ends) < ENDS and before.ends[-1] < end:
+            ends = (*before.ends, end)
+            digest = hash((before.digest, body[before.ends[-1] : end]))
+        else:
+            digest = _digest(body, ends)
+        known = Known(ends, digest, head, fields.get("tools"), model, ids, exact)
         with self._lock:
             self._known[end, _mark(body, end)] = known
 
@@ -124,6 +143,13 @@ def _ends(body: bytes) -> Iterator[int]:
         end = stop - 1 if body[stop - 1] == _COMMA else stop - 2
         if body[end - 1 : end + 1] == b"},":
             yield end
+
+
+def _digest(body: bytes, ends: Sequence[int]) -> int:
+    digest = start = 0
+    for end in ends:
+        digest, start = hash((digest, body[start:end])), end
+    return digest
 
 
 def _mark(body: bytes, end: int) -> int:

@@ -216,6 +216,17 @@ def test_a_body_made_to_look_like_many_known_ones_is_hashed_a_few_times() -> Non
         going_on().prepare(body(messages, {"model": "m"}, {}, False), CHAT)
     known = body(messages, {"model": "m"}, {}, False)
     altered = known.replace(b"helpful", b"hopeful", 1)
-    with patch.object(continuation, "hash", side_effect=hash, create=True) as hashed:
+    with patch.object(continuation, "_digest", wraps=continuation._digest) as hashed:
         assert going_on()._continuations.find(altered) is None
-    assert sum(len(call.args[0]) > 1000 for call in hashed.call_args_list) == continuation.HASHED
+    assert hashed.call_count == continuation.HASHED
+
+
+def test_a_conversation_of_many_turns_is_found_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuation, "ENDS", 5)
+    messages, found = [{**LONG, "name": "many turns"}], 0
+    for turn in range(20):
+        messages = [*messages, {"role": "user", "content": f"turn {turn}"}]
+        sent = body(messages, {"model": "m"}, {}, False)
+        found += going_on()._continuations.find(sent) is not None
+        assert_alike(prepared(going_on(), sent), prepared(forgetful(), sent))
+    assert found == 19
