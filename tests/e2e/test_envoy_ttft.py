@@ -10,7 +10,7 @@ from tests.envoy_gateway import Gateway, running
 from tests.litellm_proxy import wait_until
 from tests.stub_engine import Behaviour, StubEngine
 
-REQUESTS = 40
+REQUESTS = 25
 
 
 def clients_ttft_s(gateway: Gateway, number: int) -> float:

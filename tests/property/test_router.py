@@ -45,7 +45,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(events)
 def test_sums_equal_the_ledger_after_every_event_and_are_zero_at_rest(steps: list[tuple[Any, ...]]) -> None:
     now = 0.0
