@@ -52,8 +52,7 @@ def stream_reports_usage(body: bytes, endpoint: str) -> bool:
 def asking_for_usage(body: bytes, endpoint: str) -> bytes | None:
     """The body of a streamed request, with its usage asked for; None where that cannot or need not be done.
 
-    The rest of the body stays as it is, byte for byte, unless the client set
-    other `stream_options`.
+    The rest of the body stays as it is, byte for byte, unless the client set other `stream_options`.
     """
     if stream_reports_usage(body, endpoint):
         return None
@@ -69,9 +68,13 @@ def asking_for_usage(body: bytes, endpoint: str) -> bytes | None:
 def _with_option(body: bytes) -> bytes | None:
     try:
         fields: Any = msgspec.json.decode(body)
-        options = fields.get("stream_options")
-        if options is None or (isinstance(options, dict) and "include_usage" not in options):  # a client may refuse it
-            return msgspec.json.encode({**fields, "stream_options": {**(options or {}), "include_usage": True}})
-    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, RecursionError):
-        pass  # the engine will say what is wrong with it
-    return None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None  # the engine will say what is wrong with it
+    if not isinstance(fields, dict):
+        return None
+    options = fields.get("stream_options")
+    if options is None:
+        options = {}
+    if not isinstance(options, dict) or "include_usage" in options:  # a client may refuse it
+        return None
+    return msgspec.json.encode({**fields, "stream_options": {**options, "include_usage": True}})

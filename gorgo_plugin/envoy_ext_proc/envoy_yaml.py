@@ -337,7 +337,6 @@ def _pool(envoy: EnvoySettings, urls: Mapping[str, SplitResult]) -> Yaml:
     pool = _replica_cluster(POOL_CLUSTER, urls, envoy)
     pool["type"] = "STATIC"
     del pool["dns_lookup_family"]
-    # Of many hosts in one cluster the healthy half must not be given up for the panic of the other.
     return pool | {"load_balancing_policy": {"policies": [{"typed_extension_config": override_host}]}}
 
 
@@ -393,7 +392,7 @@ def _replica_tls(envoy: EnvoySettings, host: str) -> Yaml:
 
 
 def _checks(envoy: EnvoySettings) -> Yaml:
-    """Health checks and outlier ejection. A cluster has one host, so all of it may be ejected, and none panics."""
+    """Health checks and outlier ejection. All hosts may be ejected, of one cluster one, and none panics."""
     checks: Yaml = {
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "outlier_detection": {

