@@ -1,0 +1,303 @@
+"""The estimator (request -> tokens -> blocks -> cached tokens -> decision) against that of the paper's authors.
+
+Both sides get the same prompts, one after the other in one process, which goes first in turn; both route every prompt
+and keep it in their indexes. Each decision is on another conversation than the one before, a turn further than it was.
+The garbage collector is on, as in a gateway.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gorgo_plugin.decision import Prompt
+from gorgo_plugin.fleet.bench_estimator_index import SIDES, Memory, SizedLookups, memory
+from gorgo_plugin.fleet.bench_estimator_prompts import TURN_TOKENS, Chat, Ids, Writer, chatml, conversation_ids
+from gorgo_plugin.fleet.bench_estimator_sides import (
+    CHAT,
+    Disagreement,
+    Indexes,
+    OurRouter,
+    TheirRouter,
+    fastest_encode,
+)
+from gorgo_plugin.prompt.sources import embedded_tokenizer
+
+LOOKUP = "lookup alone"
+HASHED_LOOKUP = "lookup, hashing included"
+FROM_LIST = "decide + insert, list of ids"
+FROM_NUMPY = "decide + insert, numpy ids"
+END = "end of a request"
+NEW_TURN = "raw JSON, one new turn"
+ALL_SEEN = "raw JSON, all seen"
+COLD = "raw JSON, cold"
+ENCODES_TRIED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        rounds: in each of which all cases are measured.
+        prompt_tokens: about the length of every prompt.
+        conversations: of token ids; each decided on once a case and round.
+        chats: of text, likewise; as many cold ones a round.
+        fleets: numbers of replicas.
+        sizes: cached tokens of the indexes that are only looked up.
+        rival_tokens: the largest of these that the rival's index is filled to as well.
+        lookups: in each of these, a round.
+        memory_tokens: cached tokens of the indexes whose memory is measured.
+        seed: of the prompts.
+    """
+
+    rounds: int = 7
+    prompt_tokens: int = 20_000
+    conversations: int = 60
+    chats: int = 30
+    fleets: tuple[int, ...] = (3, 64)
+    sizes: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
+    rival_tokens: int = 10_000_000
+    lookups: int = 60
+    memory_tokens: int = 10_000_000
+    seed: int = 0
+
+
+QUICK = Plan(rounds=3, conversations=30, chats=10, rival_tokens=1_000_000, lookups=40)
+
+Key = tuple[str, int]  # what is measured, and with how many replicas
+
+
+@dataclass(slots=True)
+class Samples:
+    """Nanoseconds of each case, ours and theirs pair by pair; theirs is empty where only ours was measured."""
+
+    ours: list[int] = field(default_factory=list)
+    theirs: list[int] = field(default_factory=list)
+
+    def add(self, ours_ns: int, theirs_ns: int | None = None) -> None:
+        """One pair."""
+        self.ours.append(ours_ns)
+        if theirs_ns is not None:
+            self.theirs.append(theirs_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run found.
+
+    Attributes:
+        plan: what was asked for.
+        samples: by case and replicas; lookups in an index of a size by `sized_lookup`.
+        memory: of each side and fleet.
+        encoder: how the rival's prompts were tokenized.
+        chat_tokens: (fewest, most) of the chats' prompts.
+    """
+
+    plan: Plan
+    samples: dict[Key, Samples]
+    memory: list[Memory]
+    encoder: str
+    chat_tokens: tuple[int, int]
+
+
+def sized_lookup(cached_tokens: int) -> str:
+    """The name of the lookups in an index of a size."""
+    return f"lookup, {cached_tokens / 1e6:g}M cached tokens"
+
+
+def measure(plan: Plan, done: Callable[[str], None]) -> Measured:
+    """Run the benchmark; `done` is told of progress.
+
+    Raises:
+        RivalMissing: the rival's package is not installed.
+        Disagreement: the two sides would not do the same work.
+    """
+    samples: dict[Key, Samples] = defaultdict(Samples)
+    done("conversations of token ids")
+    decisions = IdDecisions(plan, samples)
+    done("conversations of text")
+    chats = ChatDecisions(plan, samples)
+    lookups = SizedLookups(plan.sizes, plan.fleets, plan.rival_tokens, plan.prompt_tokens, plan.seed, done)
+    for number in range(plan.rounds):
+        done(f"round {number + 1} of {plan.rounds}: token ids")
+        decisions.round(number)
+        done(f"round {number + 1} of {plan.rounds}: raw JSON")
+        chats.round(number)
+        done(f"round {number + 1} of {plan.rounds}: lookups by size")
+        lookups.round(plan.lookups, lambda size, n, ours, theirs: samples[sized_lookup(size), n].add(ours, theirs))
+    done("memory")
+    taken = [
+        memory(side, replicas, plan.memory_tokens, plan.prompt_tokens, plan.seed)
+        for replicas in plan.fleets
+        for side in SIDES
+    ]
+    return Measured(plan, dict(samples), taken, chats.encoder, (min(chats.tokens), max(chats.tokens)))
+
+
+class _Sides:
+    """Both routers before fleets of one size."""
+
+    def __init__(self, replicas: int, encode: Callable[[str], list[int]] | None = None) -> None:
+        self.replicas = replicas
+        self.ours, self.theirs = OurRouter(replicas), TheirRouter(replicas, encode)
+
+    def from_list(self, ids: Ids) -> tuple[int, int]:
+        """Our nanoseconds to decide on a list of ids, and to end a request."""
+        tokens = ids.tolist()
+        began = time.perf_counter_ns()
+        decision = self.ours.router.route(Prompt(tokens=tokens))
+        ended = time.perf_counter_ns()
+        return ended - began, self.ours.between(decision.flight_id)
+
+    def from_numpy(self, ids: Ids) -> tuple[int, int]:
+        """The same for an array, fresh from a tokenizer as it were."""
+        tokens = ids.copy()
+        began = time.perf_counter_ns()
+        decision = self.ours.router.route(Prompt(tokens=tokens))
+        ended = time.perf_counter_ns()
+        return ended - began, self.ours.between(decision.flight_id)
+
+    def their_list(self, ids: Ids) -> int:
+        """Their nanoseconds to decide on a list of ids and to insert it."""
+        tokens = ids.tolist()
+        began = time.perf_counter_ns()
+        target = self.theirs.route(tokens)
+        ended = time.perf_counter_ns()
+        self.theirs.between(target, len(tokens))
+        return ended - began
+
+    def their_numpy(self, ids: Ids) -> int:
+        """The same for an array, which they need as a list: their policy asks for its truth, which an array has not."""
+        tokens = ids.copy()
+        began = time.perf_counter_ns()
+        target = self.theirs.route(tokens.tolist())
+        ended = time.perf_counter_ns()
+        self.theirs.between(target, len(tokens))
+        return ended - began
+
+    def body(self, body: bytes) -> int:
+        """Our nanoseconds from the bytes of a request to the decision."""
+        router = self.ours.router
+        began = time.perf_counter_ns()
+        decision = router.route(router.prepare(body, CHAT))
+        ended = time.perf_counter_ns()
+        self.ours.between(decision.flight_id)
+        return ended - began
+
+    def their_body(self, body: bytes) -> int:
+        """Theirs."""
+        began = time.perf_counter_ns()
+        target, tokens = self.theirs.route_body(body)
+        ended = time.perf_counter_ns()
+        self.theirs.between(target, tokens)
+        return ended - began
+
+
+class IdDecisions:
+    """Lookups alone, and decisions from lists and from arrays of token ids."""
+
+    def __init__(self, plan: Plan, samples: dict[Key, Samples]) -> None:
+        """Bring each conversation to its first turn on both sides."""
+        self._samples = samples
+        turns = 2 * plan.rounds  # two of the cases of a round go on with the same conversations
+        self._first_tokens = max(plan.prompt_tokens - TURN_TOKENS * turns // 2, 1)
+        longest = self._first_tokens + TURN_TOKENS * turns
+        self._conversations = [conversation_ids(n, longest, plan.seed) for n in range(plan.conversations)]
+        self._indexes = {replicas: Indexes(replicas) for replicas in plan.fleets}
+        self._fleets = [_Sides(replicas) for replicas in plan.fleets]
+        for number in range(plan.conversations):
+            ids = self._prompt(number, 0)
+            for sides in self._fleets:
+                sides.from_numpy(ids)
+                sides.their_list(ids)
+                self._indexes[sides.replicas].add(ids, number % sides.replicas)
+
+    def _prompt(self, conversation: int, turn: int) -> Ids:
+        return self._conversations[conversation][: self._first_tokens + turn * TURN_TOKENS]
+
+    def round(self, number: int) -> None:
+        """Each conversation goes on by a turn for each case."""
+        for conversation in range(len(self._conversations)):
+            ours_first = (number + conversation) % 2 == 0
+            one, two = (self._prompt(conversation, 2 * number + step) for step in (1, 2))
+            for sides in self._fleets:
+                self._lookup(sides.replicas, two, conversation, ours_first)
+                self._decide(FROM_LIST, sides.replicas, sides.from_list, sides.their_list, one, ours_first)
+                self._decide(FROM_NUMPY, sides.replicas, sides.from_numpy, sides.their_numpy, two, ours_first)
+
+    def _lookup(self, replicas: int, ids: Ids, conversation: int, ours_first: bool) -> None:
+        indexes = self._indexes[replicas]
+        hash_ns, match_ns, theirs_ns = indexes.timed(ids, ours_first)
+        self._samples[LOOKUP, replicas].add(match_ns, theirs_ns)
+        self._samples[HASHED_LOOKUP, replicas].add(hash_ns + match_ns, theirs_ns)
+        indexes.add(ids, conversation % replicas)
+
+    def _decide(
+        self,
+        case: str,
+        replicas: int,
+        ours: Callable[[Ids], tuple[int, int]],
+        theirs: Callable[[Ids], int],
+        ids: Ids,
+        ours_first: bool,
+    ) -> None:
+        theirs_ns = 0 if ours_first else theirs(ids)
+        ours_ns, end_ns = ours(ids)
+        self._samples[case, replicas].add(ours_ns, theirs(ids) if ours_first else theirs_ns)
+        self._samples[END, replicas].add(end_ns)
+
+
+class ChatDecisions:
+    """Decisions from the bytes of chat requests: with a new turn, sent again, and never seen."""
+
+    def __init__(self, plan: Plan, samples: dict[Key, Samples]) -> None:
+        """Bring each chat to its first request on both sides.
+
+        Raises:
+            Disagreement: the prompts of the two sides are not the same token ids.
+        """
+        self._samples, self._seed = samples, plan.seed
+        tokenizer = embedded_tokenizer().tokenizer
+        self._writer = Writer(tokenizer)
+        text = self._writer.text(2_000, plan.seed, 3)
+        per_word = len(tokenizer.encode(text).ids) / 2_000
+        self._words = int(plan.prompt_tokens / per_word)
+        self._chats = [Chat(self._writer, number, self._words, plan.seed) for number in range(plan.chats)]
+        self._cold = plan.chats  # the number of the next chat
+        texts = [chatml(chat.messages) for chat in self._chats[:ENCODES_TRIED]]
+        self.encoder, self._encode = fastest_encode(tokenizer, texts)
+        self._fleets = [_Sides(replicas, self._encode) for replicas in plan.fleets]
+        self.tokens: list[int] = []
+        for chat in self._chats:
+            ids = self._encode(chatml(chat.messages))
+            self.tokens.append(len(ids))
+            for sides in self._fleets:
+                prompt = sides.ours.router.prepare(chat.body, CHAT)
+                if prompt.tokens.tolist() != ids:
+                    raise Disagreement("the prompts of the two sides are not the same token ids")
+                sides.ours.between(sides.ours.router.route(prompt).flight_id)
+                sides.theirs.between(sides.theirs.route(ids), len(ids))
+
+    def round(self, number: int) -> None:
+        """Each chat goes on by a turn and is sent again when all others have been; then as many new ones."""
+        bodies = []
+        for chat in self._chats:
+            chat.grow()
+            bodies.append(chat.body)
+            self._decide(NEW_TURN, bodies[-1], len(bodies) + number)
+        for at, body in enumerate(bodies):
+            self._decide(ALL_SEEN, body, at + number)
+        for at in range(len(bodies)):
+            chat = Chat(self._writer, self._cold, self._words, self._seed, shared_system=False)
+            self._cold += 1
+            self._decide(COLD, chat.body, at + number)
+        self.tokens += [len(self._encode(chatml(chat.messages))) for chat in (self._chats[0], chat)]
+
+    def _decide(self, case: str, body: bytes, at: int) -> None:
+        for sides in self._fleets:
+            theirs_ns = 0 if at % 2 else sides.their_body(body)
+            ours_ns = sides.body(body)
+            self._samples[case, sides.replicas].add(ours_ns, sides.their_body(body) if at % 2 else theirs_ns)
