@@ -1,7 +1,8 @@
 """The estimator (request -> tokens -> blocks -> cached tokens -> decision) against that of the paper's authors.
 
-Both sides get the same prompts, one after the other in one process, which goes first in turn; both route every prompt
-and keep it in their indexes. Each decision is on another conversation than the one before, a turn further than it was.
+In each round both sides sweep over the same prompts in one process, each without the other in between (a loop over
+20,000 integers leaves little in the processor's caches), and which goes first alternates. Both route every prompt and
+keep it in their indexes. Each decision is on another conversation than the one before it, a turn further than it was.
 The garbage collector is on, as in a gateway.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.fleet.bench_estimator_index import SIDES, Memory, SizedLookups, memory
@@ -22,6 +24,7 @@ from gorgo_plugin.fleet.bench_estimator_sides import (
     OurRouter,
     TheirRouter,
     fastest_encode,
+    look_up,
 )
 from gorgo_plugin.prompt.sources import embedded_tokenizer
 
@@ -72,16 +75,19 @@ Key = tuple[str, int]  # what is measured, and with how many replicas
 
 @dataclass(slots=True)
 class Samples:
-    """Nanoseconds of each case, ours and theirs pair by pair; theirs is empty where only ours was measured."""
+    """Nanoseconds of each case, ours and theirs on the same prompts; theirs is empty where only ours was measured."""
 
     ours: list[int] = field(default_factory=list)
     theirs: list[int] = field(default_factory=list)
 
-    def add(self, ours_ns: int, theirs_ns: int | None = None) -> None:
-        """One pair."""
-        self.ours.append(ours_ns)
-        if theirs_ns is not None:
-            self.theirs.append(theirs_ns)
+    def sweep(self, ours: Callable[[], list[int]], theirs: Callable[[], list[int]], ours_first: bool) -> None:
+        """Add a sweep of each side over the same prompts."""
+        if ours_first:
+            self.ours += ours()
+            self.theirs += theirs()
+        else:
+            self.theirs += theirs()
+            self.ours += ours()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,9 @@ def measure(plan: Plan, done: Callable[[str], None]) -> Measured:
         done(f"round {number + 1} of {plan.rounds}: raw JSON")
         chats.round(number)
         done(f"round {number + 1} of {plan.rounds}: lookups by size")
-        lookups.round(plan.lookups, lambda size, n, ours, theirs: samples[sized_lookup(size), n].add(ours, theirs))
+        for size, replicas, times in lookups.round(plan.lookups, ours_first=number % 2 == 0):
+            samples[sized_lookup(size), replicas].ours += times.ours
+            samples[sized_lookup(size), replicas].theirs += times.theirs
     done("memory")
     taken = [
         memory(side, replicas, plan.memory_tokens, plan.prompt_tokens, plan.seed)
@@ -220,20 +228,23 @@ class IdDecisions:
 
     def round(self, number: int) -> None:
         """Each conversation goes on by a turn for each case."""
-        for conversation in range(len(self._conversations)):
-            ours_first = (number + conversation) % 2 == 0
-            one, two = (self._prompt(conversation, 2 * number + step) for step in (1, 2))
-            for sides in self._fleets:
-                self._lookup(sides.replicas, two, conversation, ours_first)
-                self._decide(FROM_LIST, sides.replicas, sides.from_list, sides.their_list, one, ours_first)
-                self._decide(FROM_NUMPY, sides.replicas, sides.from_numpy, sides.their_numpy, two, ours_first)
+        ours_first = number % 2 == 0
+        conversations = range(len(self._conversations))
+        ones, twos = ([self._prompt(one, 2 * number + step) for one in conversations] for step in (1, 2))
+        for sides in self._fleets:
+            self._look_up(sides.replicas, twos, ours_first)
+            self._decide(FROM_LIST, sides.replicas, sides.from_list, sides.their_list, ones, ours_first)
+            self._decide(FROM_NUMPY, sides.replicas, sides.from_numpy, sides.their_numpy, twos, ours_first)
 
-    def _lookup(self, replicas: int, ids: Ids, conversation: int, ours_first: bool) -> None:
-        indexes = self._indexes[replicas]
-        hash_ns, match_ns, theirs_ns = indexes.timed(ids, ours_first)
-        self._samples[LOOKUP, replicas].add(match_ns, theirs_ns)
-        self._samples[HASHED_LOOKUP, replicas].add(hash_ns + match_ns, theirs_ns)
-        indexes.add(ids, conversation % replicas)
+    def _look_up(self, replicas: int, prompts: Sequence[Ids], ours_first: bool) -> None:
+        times = look_up(self._indexes[replicas], prompts, rival=True, ours_first=ours_first)
+        alone, hashed = self._samples[LOOKUP, replicas], self._samples[HASHED_LOOKUP, replicas]
+        alone.ours += times.ours
+        hashed.ours += map(add, times.hashing, times.ours)
+        alone.theirs += times.theirs
+        hashed.theirs += times.theirs
+        for conversation, ids in enumerate(prompts):
+            self._indexes[replicas].add(ids, conversation % replicas)
 
     def _decide(
         self,
@@ -241,13 +252,17 @@ class IdDecisions:
         replicas: int,
         ours: Callable[[Ids], tuple[int, int]],
         theirs: Callable[[Ids], int],
-        ids: Ids,
+        prompts: Sequence[Ids],
         ours_first: bool,
     ) -> None:
-        theirs_ns = 0 if ours_first else theirs(ids)
-        ours_ns, end_ns = ours(ids)
-        self._samples[case, replicas].add(ours_ns, theirs(ids) if ours_first else theirs_ns)
-        self._samples[END, replicas].add(end_ns)
+        ends: list[int] = self._samples[END, replicas].ours
+
+        def ours_all() -> list[int]:
+            times = [*map(ours, prompts)]
+            ends.extend(end for _, end in times)
+            return [decided for decided, _ in times]
+
+        self._samples[case, replicas].sweep(ours_all, lambda: [*map(theirs, prompts)], ours_first)
 
 
 class ChatDecisions:
@@ -283,21 +298,18 @@ class ChatDecisions:
 
     def round(self, number: int) -> None:
         """Each chat goes on by a turn and is sent again when all others have been; then as many new ones."""
-        bodies = []
         for chat in self._chats:
             chat.grow()
-            bodies.append(chat.body)
-            self._decide(NEW_TURN, bodies[-1], len(bodies) + number)
-        for at, body in enumerate(bodies):
-            self._decide(ALL_SEEN, body, at + number)
-        for at in range(len(bodies)):
-            chat = Chat(self._writer, self._cold, self._words, self._seed, shared_system=False)
-            self._cold += 1
-            self._decide(COLD, chat.body, at + number)
-        self.tokens += [len(self._encode(chatml(chat.messages))) for chat in (self._chats[0], chat)]
-
-    def _decide(self, case: str, body: bytes, at: int) -> None:
+        bodies = [chat.body for chat in self._chats]
+        numbers = range(self._cold, self._cold + len(bodies))
+        self._cold += len(bodies)
+        cold = [Chat(self._writer, one, self._words, self._seed, shared_system=False).body for one in numbers]
         for sides in self._fleets:
-            theirs_ns = 0 if at % 2 else sides.their_body(body)
-            ours_ns = sides.body(body)
-            self._samples[case, sides.replicas].add(ours_ns, sides.their_body(body) if at % 2 else theirs_ns)
+            self._decide(NEW_TURN, sides, bodies, number)
+            self._decide(ALL_SEEN, sides, bodies, number)
+            self._decide(COLD, sides, cold, number)
+
+    def _decide(self, case: str, sides: _Sides, bodies: Sequence[bytes], number: int) -> None:
+        self._samples[case, sides.replicas].sweep(
+            lambda: [*map(sides.body, bodies)], lambda: [*map(sides.their_body, bodies)], ours_first=number % 2 == 0
+        )

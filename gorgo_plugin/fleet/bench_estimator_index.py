@@ -24,8 +24,10 @@ from gorgo_plugin.fleet.bench_estimator_sides import (
     KV_TOKENS,
     SECRET,
     Indexes,
-    rival_package,
+    Lookups,
+    look_up,
     replica_names,
+    rival_package,
 )
 from gorgo_plugin.prefix import BlockHasher, PrefixIndex
 
@@ -91,6 +93,7 @@ class SizedLookups:
         """Fill them; the rival's up to `rival_tokens`."""
         self._prompt_tokens, self._seed = prompt_tokens, seed
         self._rng = np.random.default_rng(seed)
+        self._rival_tokens = rival_tokens
         self._indexes: dict[tuple[int, int], Indexes] = {}
         for size in sizes:
             for replicas in fleets:
@@ -99,14 +102,12 @@ class SizedLookups:
                 for slot, ids in prompts(size, prompt_tokens, replicas, seed):
                     indexes.add(ids, slot)
 
-    def round(self, lookups: int, took: Callable[[int, int, int, int | None], None]) -> None:
-        """Look up so many random conversations in each; `took` gets size, replicas, and ns of ours and of theirs."""
-        for lookup in range(lookups):
-            for (size, replicas), indexes in self._indexes.items():
-                number = int(self._rng.integers(max(1, size // self._prompt_tokens)))
-                ids = conversation_ids(number, self._prompt_tokens, self._seed)
-                _, ours_ns, theirs_ns = indexes.timed(ids, ours_first=lookup % 2 == 0)
-                took(size, replicas, ours_ns, theirs_ns)
+    def round(self, lookups: int, ours_first: bool) -> Iterator[tuple[int, int, Lookups]]:
+        """(size, replicas, times) of so many lookups of random conversations in each."""
+        for (size, replicas), indexes in self._indexes.items():
+            numbers = self._rng.integers(max(1, size // self._prompt_tokens), size=lookups).tolist()
+            wanted = [conversation_ids(number, self._prompt_tokens, self._seed) for number in numbers]
+            yield size, replicas, look_up(indexes, wanted, size <= self._rival_tokens, ours_first)
 
 
 def memory(side: str, replicas: int, cached_tokens: int, prompt_tokens: int, seed: int) -> Memory:
@@ -119,7 +120,9 @@ def memory(side: str, replicas: int, cached_tokens: int, prompt_tokens: int, see
 
 def _measured(side: str, replicas: int, cached_tokens: int, prompt_tokens: int, seed: int) -> Memory:
     hold = _ours(replicas) if side == OURS else _theirs(replicas)
-    for slot, ids in prompts(prompt_tokens, prompt_tokens, 1, seed + 1):  # what the first prompt brings once is not index
+    for slot, ids in prompts(
+        prompt_tokens, prompt_tokens, 1, seed + 1
+    ):  # what the first prompt brings once is not index
         hold(slot, ids)
     process = psutil.Process()
     gc.collect()

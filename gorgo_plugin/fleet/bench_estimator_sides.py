@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -161,6 +161,14 @@ class TheirRouter:
             self._requests[ended] -= 1
 
 
+class Lookups(NamedTuple):
+    """Nanoseconds of one lookup each; `theirs` is empty where they have no index."""
+
+    hashing: list[int]
+    ours: list[int]
+    theirs: list[int]
+
+
 class Indexes:
     """The two indexes by themselves, with the same prompts at the same replicas."""
 
@@ -179,31 +187,38 @@ class Indexes:
         if self._theirs is not None:
             self._theirs.insert(ids.tolist(), self._names[slot])
 
-    def timed(self, ids: Ids, ours_first: bool = True) -> tuple[int, int, int | None]:
-        """Nanoseconds of our hashing, of our match, and of their match of one prompt (None where they have no index).
-
-        Raises:
-            Disagreement: the two found different blocks.
-        """
-        tokens = ids.tolist() if self._theirs is not None else []
-        first_ns = None if ours_first else self._their_match(tokens)[0]
+    def our_match(self, ids: Ids) -> tuple[int, int, list[int]]:
+        """Nanoseconds of our hashing and of our match of one prompt, and the blocks that each replica has."""
         began = time.perf_counter_ns()
         hashes = self._hasher.hashes(ids)
         hashed = time.perf_counter_ns()
-        ours = self._ours.match(hashes)
+        found = self._ours.match(hashes)
         ended = time.perf_counter_ns()
-        theirs_ns, theirs = self._their_match(tokens)
-        for slot, name in enumerate(self._names if theirs_ns is not None else ()):
-            if ours.get(slot, 0) != theirs[name] // BLOCK_TOKENS:
-                raise Disagreement(f"{name}: {ours.get(slot, 0)} blocks here, {theirs[name]} tokens there")
-        return hashed - began, ended - hashed, theirs_ns if first_ns is None else first_ns
+        return hashed - began, ended - hashed, [found.get(slot, 0) for slot in range(len(self._names))]
 
-    def _their_match(self, tokens: list[int]) -> tuple[int | None, dict[str, int]]:
-        if self._theirs is None:
-            return None, {}
+    def their_match(self, ids: Ids) -> tuple[int, list[int]]:
+        """Nanoseconds of their match of one prompt, given as a list, and the full blocks that each replica has."""
+        assert self._theirs is not None
+        tokens = ids.tolist()  # what their trie reads fastest: half the time of an array("I"), a third of numpy's
         began = time.perf_counter_ns()
         found: dict[str, int] = self._theirs.cached_prefix_lengths(tokens, self._names)
-        return time.perf_counter_ns() - began, found
+        return time.perf_counter_ns() - began, [found[name] // BLOCK_TOKENS for name in self._names]
+
+
+def look_up(indexes: Indexes, prompts: Sequence[Ids], rival: bool, ours_first: bool) -> Lookups:
+    """Look the prompts up in our index, and without a pause in theirs.
+
+    Raises:
+        Disagreement: the two found different blocks.
+    """
+    theirs = [] if ours_first or not rival else [indexes.their_match(ids) for ids in prompts]
+    ours = [indexes.our_match(ids) for ids in prompts]
+    if ours_first and rival:
+        theirs = [indexes.their_match(ids) for ids in prompts]
+    for (_, _, here), (_, there) in zip(ours, theirs, strict=False):
+        if here != there:
+            raise Disagreement("the two indexes do not find the same blocks of a prompt")
+    return Lookups([one[0] for one in ours], [one[1] for one in ours], [one[0] for one in theirs])
 
 
 def fastest_encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, Encode]:
