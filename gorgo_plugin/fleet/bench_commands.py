@@ -123,7 +123,7 @@ def bench_estimator(quick: bool, rounds: int | None, seed: int, file: Path) -> N
     """How fast a prompt's cached tokens are estimated, against the package of the paper's authors.
 
     Lookups alone, decisions from token ids and from raw JSON, up to 100M cached tokens, and bytes per token. Takes
-    about four minutes.
+    about four minutes. The extra `bench` brings that package.
     """
     import dataclasses
 

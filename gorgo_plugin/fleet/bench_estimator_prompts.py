@@ -94,14 +94,19 @@ class Chat:
 
     @property
     def body(self) -> bytes:
-        """The request, written as OpenAI's Python client does."""
-        request = {"messages": self.messages, "model": "m", "stream": True}
-        return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode()
+        """The request."""
+        return chat_body(self.messages)
 
 
 @lru_cache(maxsize=4 * SYSTEM_PROMPTS)
 def _shared_text(writer: Writer, words: int, *key: int) -> str:
     return writer.text(words, *key)
+
+
+def chat_body(messages: Sequence[dict[str, Any]]) -> bytes:
+    """A streamed chat request, written as OpenAI's Python client does."""
+    request = {"messages": messages, "model": "m", "stream": True}
+    return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def chatml(messages: Sequence[dict[str, Any]]) -> str:
