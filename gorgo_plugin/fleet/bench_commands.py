@@ -130,7 +130,6 @@ def bench_estimator(quick: bool, rounds: int | None, seed: int, file: Path) -> N
     import msgspec
     from rich.console import Console
 
-    from gorgo_plugin.errors import GorgoError
     from gorgo_plugin.fleet.bench_estimator import QUICK, Plan, measure
     from gorgo_plugin.fleet.bench_estimator_report import content, lines, table
     from gorgo_plugin.fleet.bench_estimator_sides import rival_package
@@ -138,12 +137,9 @@ def bench_estimator(quick: bool, rounds: int | None, seed: int, file: Path) -> N
     plan = dataclasses.replace(QUICK if quick else Plan(), seed=seed)
     plan = plan if rounds is None else dataclasses.replace(plan, rounds=rounds)
     console = Console()
-    try:
-        rival_package()
-        with console.status("starting") as status:
-            measured = measure(plan, status.update)
-    except GorgoError as error:
-        raise click.ClickException(str(error)) from None
+    rival_package()
+    with console.status("starting") as status:
+        measured = measure(plan, status.update)
     rows = lines(measured)
     console.print(table(rows, measured))
     file.parent.mkdir(parents=True, exist_ok=True)

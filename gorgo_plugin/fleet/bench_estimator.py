@@ -45,8 +45,7 @@ NEW_TURN = "raw JSON, one new turn"
 ALL_SEEN = "raw JSON, all seen"
 COLD = "raw JSON, cold"
 ENCODES_TRIED = 8
-# Short chats that both sides have tokenized before: a gateway that has run for a while knows most words.
-EARLIER_CHATS, EARLIER_WORDS = 500, 150
+EARLIER_WORDS = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,7 @@ class Plan:
         prompt_tokens: about the length of every prompt.
         conversations: of token ids; each decided on once a case and round.
         chats: of text, likewise; as many cold ones a round.
+        earlier_chats: short ones that both sides tokenize before: a gateway that has run for a while knows most words.
         fleets: numbers of replicas.
         sizes: cached tokens of the indexes that are only looked up.
         rival_tokens: the largest of these that the rival's index is filled to as well.
@@ -70,6 +70,7 @@ class Plan:
     prompt_tokens: int = 20_000
     conversations: int = 80
     chats: int = 40
+    earlier_chats: int = 500
     fleets: tuple[int, ...] = (3, 64)
     sizes: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
     rival_tokens: int = 10_000_000
@@ -295,7 +296,7 @@ class ChatDecisions:
         texts = [chatml(chat.messages) for chat in self._chats[:ENCODES_TRIED]]
         self.encoder, self._encode = fastest_encode(tokenizer, texts)
         self._fleets = [_Sides(replicas, self._encode) for replicas in plan.fleets]
-        self._meet_words()
+        self._meet_words(plan.earlier_chats)
         self.tokens: list[int] = []
         for chat in self._chats:
             ids = self._encode(chatml(chat.messages))
@@ -307,8 +308,8 @@ class ChatDecisions:
                 sides.ours.between(sides.ours.router.route(prompt).flight_id)
                 sides.theirs.between(sides.theirs.route(ids), len(ids))
 
-    def _meet_words(self) -> None:
-        for number in range(EARLIER_CHATS):
+    def _meet_words(self, chats: int) -> None:
+        for number in range(chats):
             messages = [{"role": "user", "content": self._writer.text(EARLIER_WORDS, self._seed, 4, number)}]
             self._encode(chatml(messages))
             for sides in self._fleets:
