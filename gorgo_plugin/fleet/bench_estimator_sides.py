@@ -188,13 +188,13 @@ class Indexes:
             self._theirs.insert(ids.tolist(), self._names[slot])
 
     def our_match(self, ids: Ids) -> tuple[int, int, list[int]]:
-        """Nanoseconds of our hashing and of our match of one prompt, and the blocks that each replica has."""
+        """Nanoseconds of our hashing and of our lookup of one prompt, and the blocks that each replica has."""
         began = time.perf_counter_ns()
         hashes = self._hasher.hashes(ids)
         hashed = time.perf_counter_ns()
-        found = self._ours.match(hashes)
+        found = self._ours.blocks(hashes, len(self._names))
         ended = time.perf_counter_ns()
-        return hashed - began, ended - hashed, [found.get(slot, 0) for slot in range(len(self._names))]
+        return hashed - began, ended - hashed, found.astype(int).tolist()
 
     def their_match(self, ids: Ids) -> tuple[int, list[int]]:
         """Nanoseconds of their match of one prompt, given as a list, and the full blocks that each replica has."""
