@@ -70,7 +70,7 @@ class Plan:
     prompt_tokens: int = 20_000
     conversations: int = 80
     chats: int = 40
-    earlier_chats: int = 500
+    earlier_chats: int = 5_000
     fleets: tuple[int, ...] = (3, 64)
     sizes: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
     rival_tokens: int = 10_000_000
@@ -79,7 +79,7 @@ class Plan:
     seed: int = 0
 
 
-QUICK = Plan(rounds=3, conversations=30, chats=10, rival_tokens=1_000_000, lookups=40)
+QUICK = Plan(rounds=3, conversations=30, chats=10, earlier_chats=1_000, rival_tokens=1_000_000, lookups=40)
 
 Key = tuple[str, int]  # what is measured, and with how many replicas
 
