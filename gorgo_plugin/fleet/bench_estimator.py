@@ -1,9 +1,9 @@
 """The estimator (request -> tokens -> blocks -> cached tokens -> decision) against that of the paper's authors.
 
-In each round both sides sweep over the same prompts in one process, each without the other in between (a loop over
-20,000 integers leaves little in the processor's caches), and which goes first alternates. Both route every prompt and
-keep it in their indexes. Each decision is on another conversation than the one before it, a turn further than it was.
-The garbage collector is on, as in a gateway.
+In each round both sides sweep over the same prompts in one process, each without the other in between: a loop over
+20,000 integers leaves little in the processor's caches, so the first decisions of a sweep are not counted either. Which
+side goes first alternates. Both route every prompt and keep it in their indexes. Each decision is on another
+conversation than the one before it, a turn further than it was. The garbage collector is on, as in a gateway.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gorgo_plugin.fleet.bench_estimator_prompts import (
 )
 from gorgo_plugin.fleet.bench_estimator_sides import (
     CHAT,
+    UNCOUNTED,
     Disagreement,
     Indexes,
     OurRouter,
@@ -91,14 +92,16 @@ class Samples:
     ours: list[int] = field(default_factory=list)
     theirs: list[int] = field(default_factory=list)
 
-    def sweep(self, ours: Callable[[], list[int]], theirs: Callable[[], list[int]], ours_first: bool) -> None:
-        """Add a sweep of each side over the same prompts."""
+    def sweep(
+        self, ours: Callable[[], list[int]], theirs: Callable[[], list[int]], ours_first: bool, uncounted: int
+    ) -> None:
+        """Add a sweep of each side over the same prompts, without the first `uncounted` of them."""
         if ours_first:
-            self.ours += ours()
-            self.theirs += theirs()
+            self.ours += ours()[uncounted:]
+            self.theirs += theirs()[uncounted:]
         else:
-            self.theirs += theirs()
-            self.ours += ours()
+            self.theirs += theirs()[uncounted:]
+            self.ours += ours()[uncounted:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +273,10 @@ class IdDecisions:
 
         def ours_all() -> list[int]:
             times = [*map(ours, prompts)]
-            ends.extend(end for _, end in times)
+            ends.extend(end for _, end in times[UNCOUNTED:])
             return [decided for decided, _ in times]
 
-        self._samples[case, replicas].sweep(ours_all, lambda: [*map(theirs, prompts)], ours_first)
+        self._samples[case, replicas].sweep(ours_all, lambda: [*map(theirs, prompts)], ours_first, UNCOUNTED)
 
 
 class ChatDecisions:
@@ -324,14 +327,14 @@ class ChatDecisions:
         self._cold += len(bodies)
         cold = [Chat(self._writer, one, self._words, self._seed, shared_system=False).body for one in numbers]
         for sides in self._fleets:
-            self._decide(NEW_TURN, sides, bodies, number)
-            self._decide(ALL_SEEN, sides, bodies, number)
+            self._decide(NEW_TURN, sides, bodies, number, UNCOUNTED)
+            self._decide(ALL_SEEN, sides, bodies, number, UNCOUNTED)
         # One by one: these take about as long on both sides, and a slow second of the machine shall fall on both.
         for at, body in enumerate(cold):
             for sides in self._fleets:
                 self._decide(COLD, sides, [body], number + at)
 
-    def _decide(self, case: str, sides: _Sides, bodies: Sequence[bytes], number: int) -> None:
+    def _decide(self, case: str, sides: _Sides, bodies: Sequence[bytes], number: int, uncounted: int = 0) -> None:
         self._samples[case, sides.replicas].sweep(
-            lambda: [*map(sides.body, bodies)], lambda: [*map(sides.their_body, bodies)], ours_first=number % 2 == 0
+            lambda: [*map(sides.body, bodies)], lambda: [*map(sides.their_body, bodies)], number % 2 == 0, uncounted
         )
