@@ -487,7 +487,7 @@ def _prepared_by(settings: Settings) -> tuple[Any, ...]:
     """The settings a `PromptBuilder` is built from."""
     prepare = settings.prepare
     shape = (settings.tokenizer, settings.chat_template, settings.models)
-    return (*shape, prepare.cache_bytes, prepare.image_tokens)
+    return (*shape, prepare.encoder, prepare.cache_bytes, prepare.image_tokens)
 
 
 def _affinity(prompt: Prompt) -> bytes:

@@ -23,7 +23,7 @@ from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.recall import EMPTY, Recall, Recalled, Stretch
 from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
-from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
+from gorgo_plugin.prompt.vocabulary import Ids, Spread, Vocabulary, read_only
 from gorgo_plugin.settings import ModelSettings, Settings
 
 DIGEST_BYTES = 16  # two of 2**64 media or salts would share a digest by chance
@@ -55,9 +55,12 @@ class Plan:
         """Characters `finish` has to tokenize; 0: all were seen."""
         return self._recalled.cold_chars
 
-    def finish(self) -> Prompt:
-        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much."""
-        ids = self._recalled.ids()
+    def finish(self, spread: Spread = map) -> Prompt:
+        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much.
+
+        `spread` maps a function over batches of much text: that of an executor takes several at a time.
+        """
+        ids = self._recalled.ids(spread)
         if self._keep is not None:
             self._keep(ids)
         return self._build(ids)
@@ -76,6 +79,7 @@ class PromptBuilder:
         """
         self._secret = sha256(secret).digest()
         self._image_tokens = settings.prepare.image_tokens
+        self._fastest = settings.prepare.encoder == "fastest"
         self._cache = SegmentCache(settings.prepare.cache_bytes)
         self._recall = Recall(self._cache)
         self._continuations = Continuations(settings.prepare.cache_bytes // CONTINUATIONS_SHARE)
@@ -98,7 +102,8 @@ class PromptBuilder:
         template_field = f"{prefix if own.chat_template is not None else ''}chat_template"
         if wanted.tokenizer not in loaded:
             source = read_tokenizer(wanted.tokenizer, tokenizer_field) if wanted.tokenizer else embedded_tokenizer()
-            loaded[wanted.tokenizer] = Vocabulary(source.tokenizer, source.name, number=len(loaded)), source
+            read = Vocabulary(source.tokenizer, source.name, number=len(loaded), fastest=self._fastest)
+            loaded[wanted.tokenizer] = read, source
         vocabulary, source = loaded[wanted.tokenizer]
         template = read_template(wanted.chat_template, template_field) if wanted.chat_template else None
         try:

@@ -20,7 +20,7 @@ import numpy as np
 from gorgo_plugin.prompt.cache import Key, SegmentCache
 from gorgo_plugin.prompt.cuts import CHUNK_CHARS, LONG_CHARS, PIECE_CHARS
 from gorgo_plugin.prompt.model import PromptModel
-from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
+from gorgo_plugin.prompt.vocabulary import Ids, Spread, Vocabulary, read_only
 
 EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
 
@@ -76,10 +76,10 @@ class Recalled:
         self._cold = dict(chain.from_iterable(part.cold() for part in parts if isinstance(part, _Chunk)))
         self.cold_chars = sum(map(len, self._cold.values()))
 
-    def ids(self) -> Ids:
+    def ids(self, spread: Spread = map) -> Ids:
         """The ids of the whole; what is missing is tokenized, without the GIL where it is much, and remembered."""
         cold = self._cold
-        fresh = dict(zip(cold, self._vocabulary.encode(list(cold.values())), strict=True)) if cold else {}
+        fresh = dict(zip(cold, self._vocabulary.encode(list(cold.values()), spread), strict=True)) if cold else {}
         remembered = list(fresh.items())
         ids: list[Ids] = []
         for part in self._parts:

@@ -12,13 +12,13 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.errors import PromptError, SettingsError
 from gorgo_plugin.policies import POLICIES
 from gorgo_plugin.prompt.endpoints import CHAT
+from gorgo_plugin.prompt.vocabulary import Spread
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
 from gorgo_plugin.runtime.background import Background, Job
@@ -27,6 +27,7 @@ from gorgo_plugin.runtime.hub import with_local_tokenizers
 from gorgo_plugin.runtime.metrics import Metrics, Reading
 from gorgo_plugin.runtime.probes import ProbeJob, Watch
 from gorgo_plugin.runtime.scraper import ScrapeJob
+from gorgo_plugin.runtime.threads import PromptThreads
 from gorgo_plugin.settings import Settings
 
 Body = bytes | Mapping[str, Any]
@@ -67,7 +68,7 @@ class Runtime:
         self.settings_error: str | None = None
         self.started_s = time.monotonic()
         self._jobs: dict[Hashable, ProbeJob | ScrapeJob] = {}
-        self._executor: ThreadPoolExecutor | None = None
+        self._threads: PromptThreads | None = None
         self._stopped = False
         self._background = Background(f"gorgo-{gateway}")
         # A gateway that drops its router without stopping it leaves no thread behind: nothing below holds this object.
@@ -89,8 +90,8 @@ class Runtime:
         self._stopped = True
         self._background.request_stop()
         self.metrics.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)  # prompts under way are finished
+        if self._threads is not None:
+            self._threads.close()
         if not self._background.join(STOP_TIMEOUT_S):
             _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
 
@@ -106,13 +107,13 @@ class Runtime:
         """
         started = time.perf_counter()
         where: Literal["inline", "executor"] = "inline"
+        read = self.router.builder.plan
         try:
             if longer_than(body, PLAN_INLINE_CHARS):
                 where = "executor"
-                whole = functools.partial(self.router.prepare, body, endpoint, model)
-                prompt = await self._in_thread(whole, waiting)
+                prompt = await self._in_thread(lambda spread: read(body, endpoint, model).finish(spread), waiting)
             else:
-                plan = self.router.builder.plan(body, endpoint, model)
+                plan = read(body, endpoint, model)
                 if plan.cold_chars <= self.settings.prepare.inline_chars:
                     prompt = plan.finish()
                 else:
@@ -153,7 +154,7 @@ class Runtime:
             self.refuse(str(error))
             raise
         if settings.prepare.threads != self.settings.prepare.threads:
-            self._executor = None  # its threads end once the prompts under way are finished
+            self._threads = None  # they end once the prompts under way are finished
         self.settings, self.settings_error = settings, None
         self.metrics.set_settings(settings)
         self._watch_replicas()
@@ -196,20 +197,18 @@ class Runtime:
             if job.replica.name == replica:
                 yield "probe" if isinstance(job, ProbeJob) else "scrape", job.watch
 
-    async def _in_thread(self, work: Callable[[], Prompt], waiting: Callable[[], None] | None) -> Prompt:
+    async def _in_thread(self, work: Callable[[Spread], Prompt], waiting: Callable[[], None] | None) -> Prompt:
         if self._stopped:
-            return work()
+            return work(map)
         if waiting is not None:
             waiting()
-        executor = self._executor
-        if executor is None:
-            executor = ThreadPoolExecutor(self.settings.prepare.threads, thread_name_prefix="gorgo-prepare")
-            self._executor = executor
+        if self._threads is None:
+            self._threads = PromptThreads(self.settings.prepare.threads)
         try:
-            future = asyncio.get_running_loop().run_in_executor(executor, work)
+            future = self._threads.run(work)
         except RuntimeError:  # stopped by another thread just now
-            return work()
-        return await future
+            return work(map)
+        return await asyncio.wrap_future(future)
 
     def _watch_replicas(self) -> None:
         """Probe and scrape exactly the replicas of the settings; those that stay as they are keep their jobs."""

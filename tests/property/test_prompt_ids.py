@@ -22,6 +22,7 @@ from tests import prompt_tokenizers as small
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 STYLES = {
     "chatml": (small.chatml, small.CHATML),
+    "chatml by tokenizers": (small.chatml, small.CHATML),
     "rewrites earlier turns": (small.chatml, small.FORGETS_THOUGHTS),
     "older byte level": (small.older_byte_level, small.CHATML),
     "headers": (small.headers, small.HEADERS),
@@ -74,7 +75,9 @@ def style(name: str) -> tuple[PromptBuilder, Tokenizer, Any]:
     tokenizer = make()
     with TemporaryDirectory() as folder:
         path = small.save(Path(folder), tokenizer, template, **TOKENS)
-        builder = PromptBuilder(Settings.model_validate({"tokenizer": path}), secret=b"test")
+        encoder = "tokenizers" if "by tokenizers" in name else "fastest"
+        given = {"tokenizer": path, "prepare": {"encoder": encoder}}
+        builder = PromptBuilder(Settings.model_validate(given), secret=b"test")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     return builder, tokenizer, environment.from_string(template)
 
