@@ -52,6 +52,8 @@ class Prompt:
         affinity_key: what `session-affinity` hashes (session, conversation or user); None: the first 256 tokens.
         cache_key: what else separates engine caches (LoRA adapter, `cache_salt`); "" when nothing does.
         exact: the ids are the engine's own; False: counts are an estimate and are scaled by what engines report.
+        estimated_tokens: how many tokens are thought to follow `tokens`, which are not known yet; the flight gets them
+            by `Router.attach`. `len` counts them too.
     """
 
     tokens: NDArray[np.uint32]
@@ -61,6 +63,7 @@ class Prompt:
     affinity_key: str | None = None
     cache_key: str = ""
     exact: bool = True
+    estimated_tokens: int = 0
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Prompt:
         affinity_key: str | None = None,
         cache_key: str = "",
         exact: bool = True,
+        estimated_tokens: int = 0,
     ) -> None:
         put = object.__setattr__
         put(self, "tokens", token_array(tokens))
@@ -79,10 +83,11 @@ class Prompt:
         put(self, "max_output_tokens", max_output_tokens)
         put(self, "affinity_key", affinity_key)
         put(self, "cache_key", cache_key)
-        put(self, "exact", exact)
+        put(self, "exact", exact and not estimated_tokens)
+        put(self, "estimated_tokens", estimated_tokens)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.estimated_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,8 @@ class Decision:
         flight_id: names this attempt; 0 when none was opened (`explain`).
         replica: name of the chosen replica.
         region: its region label.
-        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...).
+        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...). It ends in
+            `-by-estimate` where tokens of the prompt were not known yet.
         ranked: candidate names, cheapest first: the failover order. `ranked[0]` is `replica`.
         costs: replica name -> `Cost`, built only when looked at.
     """

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from cachetools import LRUCache, TTLCache
+from numpy.typing import NDArray
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
@@ -39,6 +40,7 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
+BY_ESTIMATE = "-by-estimate"  # ends the reason of a decision on a prompt whose length is partly estimated
 
 
 class Router:
@@ -136,7 +138,7 @@ class Router:
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, int(slots[choice.row]))]
             self._counters["routed"] += 1
-            return self._decision(request, flight_id, slots, view, choice)
+            return self._decision(request, flight_id, slots, view, choice, _reason(choice, prompt))
 
     def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
         """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
@@ -153,9 +155,40 @@ class Router:
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
             view = self._view(prompt, model, hashes, slots, now, rng)
             choice = pick(self._policy, view, self._tiers(slots, set(), now), rng)
-            return self._decision("", 0, slots, view, choice)
+            return self._decision("", 0, slots, view, choice, _reason(choice, prompt))
 
     # What became of a flight
+
+    def attach(self, flight_id: int, tokens: Sequence[int] | NDArray[Any], exact: bool = True) -> None:
+        """The tokens of a prompt that was routed on an estimate: its counts and its credit are put right.
+
+        Once per flight; ignored after its end, and where nothing was estimated.
+
+        Args:
+            flight_id: of the attempt.
+            tokens: of the whole prompt, shape (n,).
+            exact: as in `Prompt`.
+
+        Raises:
+            PromptError: no token ids.
+        """
+        with self._lock:
+            flight = self._known(flight_id)
+            if flight is None or not flight.awaits_tokens:
+                return
+            model = self._model(flight.model)
+        prompt = Prompt(tokens, flight.model, cache_key=flight.cache_key, exact=exact)
+        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        with self._lock:
+            if self._flights.get(flight_id) is not flight or not flight.awaits_tokens:
+                return  # ended meanwhile
+            if flight.credit is not None:
+                model.index.revoke(flight.credit)  # or its own blocks would count as cached
+            scale = 1.0 if exact else model.scale
+            flight.credit = model.index.credit(flight.slot, hashes)
+            cached_tokens = model.cached_tokens(flight.credit.had_blocks, len(prompt), scale)
+            self._flights.recount(flight, len(prompt) * scale, cached_tokens)
+            flight.hashes, flight.own_tokens, flight.exact, flight.awaits_tokens = hashes, len(prompt), exact, False
 
     def first_token(self, flight_id: int, at_s: float | None = None) -> None:
         """The first token of a streamed answer was seen, at `at_s` of the router's clock (now, when not given)."""
@@ -189,11 +222,11 @@ class Router:
                 return  # engines and gateways report 0 when they do not know
             flight.usage_seen = True
             model = self._model(flight.model)
-            if not flight.exact:
+            if not flight.exact and not flight.awaits_tokens:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
-            if flight.credit is not None:
+            if flight.credit is not None and not flight.awaits_tokens:
                 scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
                 model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
@@ -378,11 +411,9 @@ class Router:
         flights = self._flights
         flights.release_unstreamed(now)
         scale = 1.0 if prompt.exact else model.scale
-        tokens = len(prompt.tokens) * scale
+        tokens = len(prompt) * scale
         held = model.index.match(hashes)
-        cached = np.array(
-            [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
-        )
+        cached = np.array([model.cached_tokens(held.get(slot, 0), len(prompt), scale) for slot in slots.tolist()])
         ms_per_token = model.rates.ms_per_token(slots)
         network_ms, doubt_ms = self._latency.price_ms(slots, now)
         return View(
@@ -428,7 +459,7 @@ class Router:
             exact=prompt.exact,
             dispatched_s=now,
             prompt_tokens=view.prompt_tokens,
-            own_tokens=len(prompt.tokens),
+            own_tokens=len(prompt),
             cached_tokens=float(view.cached_tokens[row]),
             uncached_tokens=float(view.uncached_tokens[row]),
             ahead_tokens=self._flights.ahead_tokens(slot, ms_per_token, now),
@@ -436,15 +467,19 @@ class Router:
             predicted_ms=network_ms + float(view.queue_ms[row] + view.prefill_ms[row]),
             hashes=hashes,
             credit=model.index.credit(slot, hashes),
+            awaits_tokens=prompt.estimated_tokens > 0,
+            cache_key=prompt.cache_key,
         )
         self._flights.open(flight)
         self._health.dispatched(slot, flight_id, now)
 
-    def _decision(self, request: str, flight_id: int, slots: SlotArray, view: View, choice: Choice) -> Decision:
+    def _decision(
+        self, request: str, flight_id: int, slots: SlotArray, view: View, choice: Choice, reason: str
+    ) -> Decision:
         chosen = self._replicas[int(slots[choice.row])]
         ranked = [view.names[row] for row in choice.ranked]
         costs = CostTable(view, choice.scores)
-        return Decision(request, flight_id, chosen.name, chosen.region, choice.reason, ranked, costs)
+        return Decision(request, flight_id, chosen.name, chosen.region, reason, ranked, costs)
 
     # The end of a flight; the lock is held
 
@@ -474,6 +509,8 @@ class Router:
             return
         flight.learned = True
         own = flight.learned_uncached_tokens
+        if own is None and flight.awaits_tokens:
+            return
         work = flight.ahead_tokens + (flight.uncached_tokens if own is None else own)
         service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
         self._model(flight.model).rates.observe(flight.slot, work, service_ms)
@@ -488,6 +525,10 @@ def _prepared_by(settings: Settings) -> tuple[Any, ...]:
     prepare = settings.prepare
     shape = (settings.tokenizer, settings.chat_template, settings.models)
     return (*shape, prepare.encoder, prepare.cache_bytes, prepare.image_tokens)
+
+
+def _reason(choice: Choice, prompt: Prompt) -> str:
+    return f"{choice.reason}{BY_ESTIMATE}" if prompt.estimated_tokens else choice.reason
 
 
 def _affinity(prompt: Prompt) -> bytes:

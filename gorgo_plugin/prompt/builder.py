@@ -44,7 +44,7 @@ class Plan:
     __slots__ = ("_build", "_keep", "_recalled")
 
     def __init__(
-        self, recalled: Recalled, build: Callable[[Ids], Prompt], keep: Callable[[Ids], None] | None = None
+        self, recalled: Recalled, build: Callable[..., Prompt], keep: Callable[[Ids], None] | None = None
     ) -> None:
         self._recalled = recalled
         self._build = build
@@ -64,6 +64,11 @@ class Plan:
         if self._keep is not None:
             self._keep(ids)
         return self._build(ids)
+
+    def estimate(self) -> Prompt:
+        """The prompt as far as it was seen before, with the length of the rest estimated; tokenizes nothing."""
+        ids, more_tokens = self._recalled.estimate()
+        return self._build(ids, exact=False, estimated_tokens=more_tokens)
 
 
 class PromptBuilder:

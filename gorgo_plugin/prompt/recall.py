@@ -80,6 +80,8 @@ class Recalled:
         """The ids of the whole; what is missing is tokenized, without the GIL where it is much, and remembered."""
         cold = self._cold
         fresh = dict(zip(cold, self._vocabulary.encode(list(cold.values()), spread), strict=True)) if cold else {}
+        if cold:
+            self._vocabulary.count(self.cold_chars, sum(map(len, fresh.values())))
         remembered = list(fresh.items())
         ids: list[Ids] = []
         for part in self._parts:
@@ -92,6 +94,21 @@ class Recalled:
             ids += pieces
         self._cache.put_many(remembered)
         return joined_ids(ids)
+
+    def estimate(self) -> tuple[Ids, int]:
+        """(ids of what was seen before, up to the first text still to be tokenized; how many are thought to follow)."""
+        before: list[Ids] = []
+        chars = after = 0
+        for part in self._parts:
+            for piece, ids in zip(part.pieces, part.ids, strict=True) if isinstance(part, _Chunk) else [(None, part)]:
+                if ids is None:
+                    assert piece is not None
+                    chars += piece.key[1]
+                elif chars:
+                    after += len(ids)
+                else:
+                    before.append(ids)
+        return joined_ids(before) if before else EMPTY, after + round(chars / self._vocabulary.chars_per_token)
 
 
 class Recall:

@@ -31,6 +31,9 @@ Spread = Callable[[Callable[[list[str]], list["Ids"]], Iterable[list[str]]], Ite
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 SPECIALS_PROBED = 12  # those of turns are among the first; some vocabularies reserve hundreds
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
+CHARS_PER_TOKEN = 4.0  # of English in the usual vocabularies, until text was tokenized
+COUNTED_TOKENS = 1000.0  # what that counts as
+COUNTED_TOKENS_MOST = 1_000_000.0  # beyond, what came before counts half
 SMALL_CHARS = 8 * 1024  # fewer are tokenized in this thread: waking the tokenizer's pool takes 0.4 ms of CPU
 _SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
 _VISIBLE = string.ascii_letters + string.digits + string.punctuation
@@ -84,12 +87,24 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self.source = source
         self.number = number
+        self._counted = (CHARS_PER_TOKEN * COUNTED_TOKENS, COUNTED_TOKENS)
         self.encoder, self._fast = _chosen(tokenizer) if fastest else ("tokenizers", None)
 
     @property
     def size(self) -> int:
         """Entries, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def chars_per_token(self) -> float:
+        """Of the text tokenized lately."""
+        chars, tokens = self._counted
+        return chars / tokens
+
+    def count(self, chars: int, tokens: int) -> None:
+        """So many characters of text were so many tokens; of two threads at a time one may go uncounted."""
+        share = 0.5 if self._counted[1] > COUNTED_TOKENS_MOST else 1.0
+        self._counted = self._counted[0] * share + chars, self._counted[1] * share + tokens
 
     def encode(self, texts: Sequence[str], spread: Spread = map) -> list[Ids]:
         """Token ids of each text, read-only; no special token is added.

@@ -6,17 +6,19 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import operator
 import os
 import secrets
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.errors import PromptError, SettingsError
 from gorgo_plugin.policies import POLICIES
+from gorgo_plugin.prompt import Plan
 from gorgo_plugin.prompt.endpoints import CHAT
 from gorgo_plugin.prompt.vocabulary import Spread
 from gorgo_plugin.router import Router
@@ -27,10 +29,11 @@ from gorgo_plugin.runtime.hub import with_local_tokenizers
 from gorgo_plugin.runtime.metrics import Metrics, Reading
 from gorgo_plugin.runtime.probes import ProbeJob, Watch
 from gorgo_plugin.runtime.scraper import ScrapeJob
-from gorgo_plugin.runtime.threads import PromptThreads
+from gorgo_plugin.runtime.threads import LatePrompt, PromptThreads
 from gorgo_plugin.settings import Settings
 
 Body = bytes | Mapping[str, Any]
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -96,29 +99,37 @@ class Runtime:
             _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
 
     async def prepare(
-        self, body: Body, endpoint: str, model: str | None = None, waiting: Callable[[], None] | None = None
+        self,
+        body: Body,
+        endpoint: str,
+        model: str | None = None,
+        waiting: Callable[[], None] | None = None,
+        estimate: bool = True,
     ) -> Prompt:
         """Turn a request body into a prompt; long work is done in a thread, so that the event loop is not held.
 
-        `waiting` is called when that happens.
+        `waiting` is called when that happens. Where far more text is unseen than a request should wait for, and with
+        `estimate`, the length of that is estimated and the prompt is a `LatePrompt`.
 
         Raises:
             PromptError: the body holds no prompt.
         """
         started = time.perf_counter()
         where: Literal["inline", "executor"] = "inline"
-        read = self.router.builder.plan
+        settings, read = self.settings.prepare, functools.partial(self.router.builder.plan, body, endpoint, model)
         try:
             if longer_than(body, PLAN_INLINE_CHARS):
                 where = "executor"
-                prompt = await self._in_thread(lambda spread: read(body, endpoint, model).finish(spread), waiting)
+                plan = await self._in_thread(lambda _: read(), waiting)
             else:
-                plan = read(body, endpoint, model)
-                if plan.cold_chars <= self.settings.prepare.inline_chars:
-                    prompt = plan.finish()
-                else:
-                    where = "executor"
-                    prompt = await self._in_thread(plan.finish, waiting)
+                plan = read()
+            if estimate and plan.cold_chars > (settings.estimate_above_chars or math.inf):
+                prompt = self._later(plan)
+            elif plan.cold_chars <= settings.inline_chars:
+                prompt = plan.finish()
+            else:
+                where = "executor"
+                prompt = await self._in_thread(plan.finish, waiting)
         except PromptError:
             self.metrics.prompt_error(model or "")
             raise
@@ -182,7 +193,7 @@ class Runtime:
             PromptError: the body holds no prompt.
             NoCandidates: no replica serves the model.
         """
-        prompt = await self.prepare(body, endpoint, model)
+        prompt = await self.prepare(body, endpoint, model, estimate=False)
         return {
             "gateway": self.gateway,
             "worker": os.getpid(),
@@ -197,18 +208,26 @@ class Runtime:
             if job.replica.name == replica:
                 yield "probe" if isinstance(job, ProbeJob) else "scrape", job.watch
 
-    async def _in_thread(self, work: Callable[[Spread], Prompt], waiting: Callable[[], None] | None) -> Prompt:
+    async def _in_thread(self, work: Callable[[Spread], T], waiting: Callable[[], None] | None) -> T:
         if self._stopped:
             return work(map)
         if waiting is not None:
             waiting()
-        if self._threads is None:
-            self._threads = PromptThreads(self.settings.prepare.threads)
         try:
-            future = self._threads.run(work)
+            future = self._started_threads().run(work)
         except RuntimeError:  # stopped by another thread just now
             return work(map)
         return await asyncio.wrap_future(future)
+
+    def _later(self, plan: Plan) -> Prompt:
+        estimated = plan.estimate()
+        whole = None if self._stopped else self._started_threads().later(plan.finish)
+        return estimated if whole is None else LatePrompt(estimated, whole)
+
+    def _started_threads(self) -> PromptThreads:
+        if self._threads is None:
+            self._threads = PromptThreads(self.settings.prepare.threads)
+        return self._threads
 
     def _watch_replicas(self) -> None:
         """Probe and scrape exactly the replicas of the settings; those that stay as they are keep their jobs."""
