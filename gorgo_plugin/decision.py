@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gorgo_plugin.errors import PromptError
 
+LIST_AT_ONCE = 65_536  # entries of a list made an array in one go, 2 ms in which no other thread runs
 MAX_TOKEN_ID = 2**32 - 1  # token ids are held as uint32; the largest vocabularies have under 2**19 entries
 
 
@@ -21,7 +22,7 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
         PromptError: not a flat sequence of integers from 0 to 2**32 - 1.
     """
     try:
-        array = np.asarray(tokens)
+        array = _array(tokens)
     except (TypeError, ValueError, OverflowError) as error:
         raise PromptError("tokens: expected a flat sequence of token ids") from error
     if array.ndim != 1:
@@ -38,6 +39,13 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _array(tokens: ArrayLike) -> NDArray[Any]:
+    if not isinstance(tokens, (list, tuple)) or len(tokens) <= LIST_AT_ONCE:
+        return np.asarray(tokens)
+    starts = range(0, len(tokens), LIST_AT_ONCE)
+    return np.concatenate([np.asarray(tokens[start : start + LIST_AT_ONCE]) for start in starts])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

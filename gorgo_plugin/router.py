@@ -494,6 +494,7 @@ class Router:
             return None
         flight = self._flights.close(flight_id, now)
         assert flight is not None
+        flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:

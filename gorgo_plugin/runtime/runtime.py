@@ -13,6 +13,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 from gorgo_plugin.decision import Prompt
@@ -20,7 +21,6 @@ from gorgo_plugin.errors import PromptError, SettingsError
 from gorgo_plugin.policies import POLICIES
 from gorgo_plugin.prompt import Plan
 from gorgo_plugin.prompt.endpoints import CHAT
-from gorgo_plugin.prompt.vocabulary import Spread
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
 from gorgo_plugin.runtime.background import Background, Job
@@ -120,7 +120,9 @@ class Runtime:
         try:
             if longer_than(body, PLAN_INLINE_CHARS):
                 where = "executor"
-                plan = await self._in_thread(lambda _: read(), waiting)
+                plan = await self._in_thread(
+                    lambda threads: threads.read(lambda pause: read(pause=pause)), read, waiting
+                )
             else:
                 plan = read()
             if estimate and plan.cold_chars > (settings.estimate_above_chars or math.inf):
@@ -129,7 +131,7 @@ class Runtime:
                 prompt = plan.finish()
             else:
                 where = "executor"
-                prompt = await self._in_thread(plan.finish, waiting)
+                prompt = await self._in_thread(lambda threads: threads.finish(plan), plan.finish, waiting)
         except PromptError:
             self.metrics.prompt_error(model or "")
             raise
@@ -208,20 +210,23 @@ class Runtime:
             if job.replica.name == replica:
                 yield "probe" if isinstance(job, ProbeJob) else "scrape", job.watch
 
-    async def _in_thread(self, work: Callable[[Spread], T], waiting: Callable[[], None] | None) -> T:
+    async def _in_thread(
+        self, start: Callable[[PromptThreads], Future[T]], inline: Callable[[], T], waiting: Callable[[], None] | None
+    ) -> T:
+        """What the threads make of the work they are started on; done `inline` once they are stopped."""
         if self._stopped:
-            return work(map)
+            return inline()
         if waiting is not None:
             waiting()
         try:
-            future = self._started_threads().run(work)
+            future = start(self._started_threads())
         except RuntimeError:  # stopped by another thread just now
-            return work(map)
+            return inline()
         return await asyncio.wrap_future(future)
 
     def _later(self, plan: Plan) -> Prompt:
         estimated = plan.estimate()
-        whole = None if self._stopped else self._started_threads().later(plan.finish)
+        whole = None if self._stopped else self._started_threads().later(plan)
         return estimated if whole is None else LatePrompt(estimated, whole)
 
     def _started_threads(self) -> PromptThreads:
@@ -264,6 +269,7 @@ def longer_than(body: Body, limit_chars: int) -> bool:
         elif isinstance(value, list | tuple):
             texts = _texts(value)
             left -= sum(map(len, texts)) + OBJECT_CHARS * len(texts) if texts else len(value)
+            left -= OBJECT_CHARS * bool(value and isinstance(value[0], list))  # lists in lists, however deep
             if not texts and value and not isinstance(value[0], int):  # token ids: as many as the list is long
                 stack.extend(value)
     return left < 0
@@ -271,6 +277,8 @@ def longer_than(body: Body, limit_chars: int) -> bool:
 
 def _texts(messages: Sequence[Any]) -> list[str]:
     """The contents of messages that hold a role and a text, as most do, without a loop in Python; else nothing."""
+    if not messages or not isinstance(messages[0], dict):
+        return []
     try:
         contents, fields = [content for _, content in map(_turn, messages)], {*map(len, messages)}
     except (TypeError, KeyError, IndexError):

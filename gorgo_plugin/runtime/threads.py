@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 from gorgo_plugin.decision import Prompt
-from gorgo_plugin.prompt.vocabulary import Spread
+from gorgo_plugin.prompt import Plan
 from gorgo_plugin.router import Router
 
-T = TypeVar("T")
+PAUSE_S = 0.0003  # a thread that gives the GIL up for less than it takes another to wake keeps it in fact
 LATER_MOST = 16  # prompts that wait to be tokenized after they were routed; each holds its text
 
 
@@ -50,33 +50,43 @@ class LatePrompt(Prompt):
 
 
 class PromptThreads:
-    """Some threads that each prepare a prompt, as many more that tokenize pieces for them, and one without haste.
+    """Some threads that each tokenize a prompt, as many more for pieces of them, one that reads, and one without haste.
 
     They are several pools: a prompt that waits for its pieces must not hold the thread that they wait for, nor one that
-    nobody waits for the thread of another.
+    nobody waits for the thread of another. Reading holds the GIL, so a second thread for it would only keep the event
+    loop waiting longer.
     """
 
     def __init__(self, threads: int) -> None:
         """The threads start with the first prompts."""
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="gorgo-read")
         self._prompts = ThreadPoolExecutor(threads, thread_name_prefix="gorgo-prepare")
         self._pieces = ThreadPoolExecutor(threads, thread_name_prefix="gorgo-tokenize")
         self._late = ThreadPoolExecutor(1, thread_name_prefix="gorgo-attach")
         self._places = threading.Semaphore(LATER_MOST)
 
-    def run(self, work: Callable[[Spread], T]) -> Future[T]:
-        """Start `work`, which gets what spreads the tokenizing.
+    def read(self, plan: Callable[[Callable[[], None]], Plan]) -> Future[Plan]:
+        """Start reading a body by `PromptBuilder.plan`, which gets its `pause`.
 
         Raises:
             RuntimeError: closed.
         """
-        return self._prompts.submit(work, self._pieces.map)
+        return self._reader.submit(plan, _pause)
 
-    def later(self, work: Callable[[], Prompt]) -> Future[Prompt] | None:
-        """Start `work` behind all that was started so; None where there is too much of it already, or it is closed."""
+    def finish(self, plan: Plan) -> Future[Prompt]:
+        """Start tokenizing what is missing of a prompt.
+
+        Raises:
+            RuntimeError: closed.
+        """
+        return self._prompts.submit(plan.finish, self._pieces.map)
+
+    def later(self, plan: Plan) -> Future[Prompt] | None:
+        """Tokenize what is missing of a prompt that nobody waits for; None where it is too many of them, or closed."""
         if not self._places.acquire(blocking=False):
             return None
         try:
-            future = self._late.submit(work)
+            future = self._late.submit(plan.finish)
         except RuntimeError:
             self._places.release()
             return None
@@ -85,6 +95,11 @@ class PromptThreads:
 
     def close(self) -> None:
         """Finish the prompts under way and end the threads; those that nobody waits for are let go."""
+        self._reader.shutdown(wait=True)
         self._prompts.shutdown(wait=True)
         self._late.shutdown(wait=True, cancel_futures=True)
         self._pieces.shutdown(wait=True)
+
+
+def _pause() -> None:
+    time.sleep(PAUSE_S)
