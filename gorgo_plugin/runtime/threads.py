@@ -31,6 +31,7 @@ class LatePrompt(Prompt):
             estimated.cache_key,
             estimated.exact,
             estimated.estimated_tokens,
+            estimated.blocks,
         )
         object.__setattr__(self, "_whole", whole)
 
