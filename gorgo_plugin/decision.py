@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from gorgo_plugin.errors import PromptError
 from gorgo_plugin.prefix.blocks import Blocks
 
+LIST_AT_ONCE = 65_536  # entries of a list made an array in one go, 2 ms in which no other thread runs
 MAX_TOKEN_ID = 2**32 - 1  # token ids are held as uint32; the largest vocabularies have under 2**19 entries
 
 
@@ -23,7 +24,7 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
         PromptError: not a flat sequence of integers from 0 to 2**32 - 1.
     """
     try:
-        array = np.asarray(tokens)
+        array = _array(tokens)
     except (TypeError, ValueError, OverflowError) as error:
         raise PromptError("tokens: expected a flat sequence of token ids") from error
     if array.ndim != 1:
@@ -42,6 +43,13 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
     return view
 
 
+def _array(tokens: ArrayLike) -> NDArray[Any]:
+    if not isinstance(tokens, (list, tuple)) or len(tokens) <= LIST_AT_ONCE:
+        return np.asarray(tokens)
+    starts = range(0, len(tokens), LIST_AT_ONCE)
+    return np.concatenate([np.asarray(tokens[start : start + LIST_AT_ONCE]) for start in starts])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One request as the router sees it.
@@ -54,6 +62,8 @@ class Prompt:
         affinity_key: what `session-affinity` hashes (session, conversation or user); None: the first 256 tokens.
         cache_key: what else separates engine caches (LoRA adapter, `cache_salt`); "" when nothing does.
         exact: the ids are the engine's own; False: counts are an estimate and are scaled by what engines report.
+        estimated_tokens: how many tokens are thought to follow `tokens`, which are not known yet; the flight gets them
+            by `Router.attach`. `len` counts them too.
         blocks: hashes of its blocks, where `Router.prepare` has them from earlier requests; only for that router.
     """
 
@@ -64,6 +74,7 @@ class Prompt:
     affinity_key: str | None = None
     cache_key: str = ""
     exact: bool = True
+    estimated_tokens: int = 0
     blocks: Blocks | None = None
 
     def __init__(
@@ -75,6 +86,7 @@ class Prompt:
         affinity_key: str | None = None,
         cache_key: str = "",
         exact: bool = True,
+        estimated_tokens: int = 0,
         blocks: Blocks | None = None,
     ) -> None:
         put = object.__setattr__
@@ -84,11 +96,18 @@ class Prompt:
         put(self, "max_output_tokens", max_output_tokens)
         put(self, "affinity_key", affinity_key)
         put(self, "cache_key", cache_key)
-        put(self, "exact", exact)
+        put(self, "exact", exact and not estimated_tokens)
+        put(self, "estimated_tokens", estimated_tokens)
         put(self, "blocks", blocks)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.estimated_tokens
+
+    def affinity(self) -> bytes:
+        """What stays the same over a session: its key, else the first 256 tokens (the simple affinity of paper v2)."""
+        if self.affinity_key is not None:
+            return self.affinity_key.encode("utf-8", "surrogatepass")
+        return self.tokens[:256].tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +159,8 @@ class Decision:
         flight_id: names this attempt; 0 when none was opened (`explain`).
         replica: name of the chosen replica.
         region: its region label.
-        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...).
+        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...). It ends in
+            `-by-estimate` where tokens of the prompt were not known yet.
         costs: replica name -> `Cost`, worked out only when looked at.
     """
 

@@ -64,6 +64,21 @@ class ModelState:
         blocks *= self.block_tokens * scale
         return blocks
 
+    def scale_of(self, prompt: Prompt) -> float:
+        """What a prompt's own count is multiplied by."""
+        return 1.0 if prompt.exact else self.scale
+
+    def recredit(self, slot: int, before: Credit | None, prompt: Prompt, hashes: bytes) -> tuple[Credit, float]:
+        """Credit a replica with a whole prompt instead of what was known of it `before`.
+
+        Returns (credit, engine tokens of the prompt that the replica had).
+        """
+        if before is not None:
+            self.index.revoke(before)  # or the prompt's own blocks would count as cached
+        credit = self.index.credit(slot, hashes)
+        had = min(credit.had_blocks, max(len(prompt) - 1, 0) // self.block_tokens) * self.block_tokens
+        return credit, had * self.scale_of(prompt)
+
     def learn_scale(self, own_tokens: int, engine_tokens: int) -> None:
         """Take in how many tokens the engine counted for a prompt counted here with another tokenizer."""
         if own_tokens <= 0 or engine_tokens <= 0:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cachetools import LRUCache, TTLCache
+from numpy.typing import NDArray
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
@@ -22,7 +23,7 @@ from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.models import ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
-from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.prompt import PromptBuilder, built_from
 from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
@@ -37,6 +38,7 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
+BY_ESTIMATE = "-by-estimate"  # ends the reason of a decision on a prompt whose length is partly estimated
 
 
 class Router:
@@ -133,7 +135,7 @@ class Router:
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
-            return self._decision(request, flight_id, slot, view, choice)
+            return self._decision(request, flight_id, slot, view, choice, prompt)
 
     def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
         """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
@@ -150,9 +152,30 @@ class Router:
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
             view = self._view(prompt, model, hashes, among, now, rng)
             choice = pick(self._policy, view, self._tiers(among, (), now), rng)
-            return self._decision("", 0, among.slots[choice.row], view, choice)
+            return self._decision("", 0, among.slots[choice.row], view, choice, prompt)
 
     # What became of a flight
+
+    def attach(self, flight_id: int, tokens: Sequence[int] | NDArray[Any], exact: bool = True) -> None:
+        """The tokens of a prompt that was routed on an estimate, shape (n,): its counts and its credit are put right.
+
+        Once per flight; ignored after its end, and where nothing was estimated. `exact` as in `Prompt`.
+
+        Raises:
+            PromptError: no token ids.
+        """
+        with self._lock:
+            flight = self._known(flight_id)
+            if flight is None or not flight.awaits_tokens:
+                return
+            model = self._model(flight.model)
+        prompt = Prompt(tokens, flight.model, cache_key=flight.cache_key, exact=exact)
+        hashes = model.hashes(prompt)
+        with self._lock:
+            if self._flights.get(flight_id) is flight and flight.awaits_tokens:  # not ended meanwhile
+                flight.hashes, flight.own_tokens, flight.exact = hashes, len(prompt), exact
+                flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
+                self._flights.recount(flight, len(prompt) * model.scale_of(prompt), cached_tokens)
 
     def first_token(self, flight_id: int, at_s: float | None = None) -> None:
         """The first token of a streamed answer was seen, at `at_s` of the router's clock (now, when not given)."""
@@ -186,11 +209,11 @@ class Router:
                 return  # engines and gateways report 0 when they do not know
             flight.usage_seen = True
             model = self._model(flight.model)
-            if not flight.exact:
+            if not flight.exact and not flight.awaits_tokens:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
-            if flight.credit is not None:
+            if flight.credit is not None and not flight.awaits_tokens:
                 scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
                 model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
@@ -299,7 +322,7 @@ class Router:
         Raises:
             SettingsError: a tokenizer or chat template cannot be read; nothing has changed then.
         """
-        same_prompts = _prepared_by(settings) == _prepared_by(self.settings)
+        same_prompts = built_from(settings) == built_from(self.settings)
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
@@ -371,9 +394,9 @@ class Router:
     ) -> View:
         flights, rows = self._flights, among.rows
         flights.release_unstreamed(now)
-        scale = 1.0 if prompt.exact else model.scale
-        tokens = len(prompt.tokens) * scale
-        cached = model.cached_tokens(hashes, len(prompt.tokens), scale, self._replicas.rows)[rows]
+        scale = model.scale_of(prompt)
+        tokens = len(prompt) * scale
+        cached = model.cached_tokens(hashes, len(prompt), scale, self._replicas.rows)[rows]
         uncached = tokens - cached
         ms_per_token = model.rates.ms_per_token(rows)
         network_ms, doubt_ms = self._latency.price_ms(rows, now)
@@ -390,7 +413,7 @@ class Router:
             prompt_tokens=tokens,
             load=lambda name: flights.column(name, rows),
             gauge=lambda name: self._gauges.column(name, rows),
-            affinity=lambda: _affinity(prompt),
+            affinity=prompt.affinity,
             weights=self._weights,
             rng=rng,
         )
@@ -425,7 +448,7 @@ class Router:
             exact=prompt.exact,
             dispatched_s=now,
             prompt_tokens=view.prompt_tokens,
-            own_tokens=len(prompt.tokens),
+            own_tokens=len(prompt),
             cached_tokens=view.cached_tokens.item(row),
             uncached_tokens=view.uncached_tokens.item(row),
             ahead_tokens=self._flights.ahead_tokens(slot, model.rates.slot_ms_per_token(slot), now),
@@ -433,13 +456,18 @@ class Router:
             predicted_ms=network_ms + view.queue_ms.item(row) + view.prefill_ms.item(row),
             hashes=hashes,
             credit=model.index.credit(slot, hashes),
+            awaits_tokens=prompt.estimated_tokens > 0,
+            cache_key=prompt.cache_key,
         )
         self._flights.open(flight)
         self._health.dispatched(slot, flight_id, now)
 
-    def _decision(self, request: str, flight_id: int, slot: int, view: View, choice: Choice) -> Decision:
+    def _decision(
+        self, request: str, flight_id: int, slot: int, view: View, choice: Choice, prompt: Prompt
+    ) -> Decision:
         chosen = self._replicas[slot]
-        return Decision(request, flight_id, chosen.name, chosen.region, choice.reason, CostTable(view, choice))
+        reason = f"{choice.reason}{BY_ESTIMATE}" if prompt.estimated_tokens else choice.reason
+        return Decision(request, flight_id, chosen.name, chosen.region, reason, CostTable(view, choice))
 
     # The end of a flight; the lock is held
 
@@ -454,6 +482,7 @@ class Router:
             return None
         flight = self._flights.close(flight_id, now)
         assert flight is not None
+        flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:
@@ -469,6 +498,8 @@ class Router:
             return
         flight.learned = True
         own = flight.learned_uncached_tokens
+        if own is None and flight.awaits_tokens:
+            return
         work = flight.ahead_tokens + (flight.uncached_tokens if own is None else own)
         service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
         self._model(flight.model).rates.observe(flight.slot, work, service_ms)
@@ -476,17 +507,3 @@ class Router:
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
             self.sweep()
-
-
-def _prepared_by(settings: Settings) -> tuple[Any, ...]:
-    """The settings a `PromptBuilder` is built from."""
-    prepare = settings.prepare
-    shape = (settings.tokenizer, settings.chat_template, settings.block_tokens, settings.models)
-    return (*shape, prepare.cache_bytes, prepare.image_tokens)
-
-
-def _affinity(prompt: Prompt) -> bytes:
-    """What stays the same over a session: its key, else the first 256 tokens (paper v2's simple session affinity)."""
-    if prompt.affinity_key is not None:
-        return prompt.affinity_key.encode("utf-8", "surrogatepass")
-    return prompt.tokens[:256].tobytes()

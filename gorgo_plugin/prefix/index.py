@@ -20,6 +20,8 @@ from gorgo_plugin.prefix.blocks import HASH_BYTES
 MAX_WALK_NODES = 4096
 # Replicas that stop matching at the same place are told apart one by one, or from so many on as an array.
 FEW_REPLICAS = 4
+# Parts of a prompt whose last use a credit remembers; a flight keeps it until its usage is known.
+MAX_STAMPS = 256
 # Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
 RETIRED_BLOCKS_PER_CREDIT = 4096
 
@@ -169,6 +171,8 @@ class PrefixIndex:
             self._queue_if_leaf(node, bit)
         self._evict_to_capacity(replica)
         had = stamps[-1][0] if stamps else 0
+        if len(stamps) > MAX_STAMPS:  # some parts as one, used when the last of them was
+            stamps = stamps[:: -(len(stamps) // MAX_STAMPS + 1)][::-1]
         return Credit(self, replica, bit, self._tick, node, boundary, extended, had, tuple(stamps))
 
     def revoke(self, credit: Credit) -> None:

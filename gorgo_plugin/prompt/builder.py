@@ -22,7 +22,7 @@ from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.recall import EMPTY, GoneOn, Recall, Recalled, Stretch
 from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
-from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
+from gorgo_plugin.prompt.vocabulary import Ids, Spread, Vocabulary, read_only
 from gorgo_plugin.settings import ModelSettings, Settings
 
 DIGEST_BYTES = 16  # two of 2**64 media or salts would share a digest by chance
@@ -38,7 +38,7 @@ class Plan:
 
     __slots__ = ("_finish", "_recalled")
 
-    def __init__(self, recalled: Recalled | GoneOn, finish: Callable[[Ids], Prompt]) -> None:
+    def __init__(self, recalled: Recalled | GoneOn, finish: Callable[[Ids, int], Prompt]) -> None:
         self._recalled = recalled
         self._finish = finish
 
@@ -47,9 +47,20 @@ class Plan:
         """Characters `finish` has to tokenize; 0: all were seen."""
         return self._recalled.cold_chars
 
-    def finish(self) -> Prompt:
-        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much."""
-        return self._finish(self._recalled.ids())
+    def finish(self, spread: Spread = map) -> Prompt:
+        """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much.
+
+        `spread` maps a function over batches of much text: that of an executor takes several at a time.
+        """
+        return self._finish(self._recalled.ids(spread), 0)
+
+    def estimate(self) -> Prompt:
+        """The prompt as far as it was seen before, with the length of the rest estimated; tokenizes nothing."""
+        return self._finish(*self._recalled.estimate())
+
+
+def _go_on() -> None:
+    """No pause."""
 
 
 class _Chat(NamedTuple):
@@ -75,6 +86,7 @@ class PromptBuilder:
         self._secret = sha256(secret).digest()
         self._hash_secret, self._block_tokens = secret, settings.block_tokens
         self._image_tokens = settings.prepare.image_tokens
+        self._fastest = settings.prepare.encoder == "fastest"
         self._cache = SegmentCache(settings.prepare.cache_bytes)
         self._recall = Recall(self._cache)
         self._continuations = Continuations(settings.prepare.cache_bytes // CONTINUATIONS_SHARE)
@@ -97,7 +109,8 @@ class PromptBuilder:
         template_field = f"{prefix if own.chat_template is not None else ''}chat_template"
         if wanted.tokenizer not in loaded:
             source = read_tokenizer(wanted.tokenizer, tokenizer_field) if wanted.tokenizer else embedded_tokenizer()
-            loaded[wanted.tokenizer] = Vocabulary(source.tokenizer, source.name, number=len(loaded)), source
+            read = Vocabulary(source.tokenizer, source.name, number=len(loaded), fastest=self._fastest)
+            loaded[wanted.tokenizer] = read, source
         vocabulary, source = loaded[wanted.tokenizer]
         template = read_template(wanted.chat_template, template_field) if wanted.chat_template else None
         hasher = block_hasher(wanted.block_tokens or self._block_tokens, self._hash_secret)
@@ -115,35 +128,46 @@ class PromptBuilder:
         """
         return self.plan(body, endpoint, model).finish()
 
-    def plan(self, body: bytes | Mapping[str, Any], endpoint: str, model: str | None = None) -> Plan:
+    def plan(
+        self,
+        body: bytes | Mapping[str, Any],
+        endpoint: str,
+        model: str | None = None,
+        pause: Callable[[], None] = _go_on,
+    ) -> Plan:
         """Read and render a body and look up what of it was tokenized before: everything but the tokenizing.
+
+        `pause` is called between the steps; each holds the GIL for about a millisecond per 400 KB.
 
         Raises:
             PromptError: the endpoint holds no prompt, or the body none that can be read; names the field.
         """
         try:
             if type(body) is bytes and endpoint_of(endpoint) == CHAT:
-                return self._plan_chat(body, model)
+                return self._plan_chat(body, model, pause)
             request = read_request(body, endpoint)
-            return self._plan(request, request.model if model is None else model)
+            pause()
+            return self._plan(request, request.model if model is None else model, pause)
         except GorgoError:
             raise
         except Exception as error:  # a mapping may hold objects of any behaviour
             raise PromptError(f"body: cannot be read as a prompt ({type(error).__name__})") from error
 
-    def _plan_chat(self, body: bytes, name: str | None) -> Plan:
+    def _plan_chat(self, body: bytes, name: str | None, pause: Callable[[], None]) -> Plan:
         """From where the last request of this conversation ended, if it was seen; else from its beginning."""
         known = self._continuations.find(body)
         rest = None if known is None else known.rest(body)
         if known is not None and rest is not None:
             request = read_request(rest, CHAT, known.messages)
             if known.model == (request.model if name is None else name) and _goes_on(request.content):
-                return self._plan(request, known.model, _Chat(body, rest, known))
+                return self._plan(request, known.model, pause, _Chat(body, rest, known))
+        pause()
         fields = parse(body)
+        pause()
         request = read_request(fields, CHAT)
-        return self._plan(request, request.model if name is None else name, _Chat(body, fields))
+        return self._plan(request, request.model if name is None else name, pause, _Chat(body, fields))
 
-    def _plan(self, request: Request, name: str, chat: _Chat | None = None) -> Plan:
+    def _plan(self, request: Request, name: str, pause: Callable[[], None], chat: _Chat | None = None) -> Plan:
         model, content = self._models.get(name, self._default), request.content
         known = None if chat is None else chat.known
         if known is not None and isinstance(content, Conversation):
@@ -154,6 +178,7 @@ class PromptBuilder:
                 chat = None
         else:
             stretches, exact = self._raw_stretches(model, content)
+        pause()
         if known is not None:
             exact = exact and known.exact
             recalled = self._recall.go_on(model, known.ids, stretches)
@@ -170,10 +195,11 @@ class PromptBuilder:
         known: Known | None,
         chat: _Chat | None,
         ids: Ids,
+        estimated_tokens: int,
     ) -> Prompt:
-        """The prompt of a request, whose ids are all there now."""
+        """The prompt of a request, whose ids are there now but for the last `estimated_tokens`."""
         hashes = model.hasher.hashes(ids, known=b"" if known is None else known.hashes)
-        if chat is not None and model.answer_header is not None:
+        if chat is not None and model.answer_header is not None and not estimated_tokens:
             self._keep(chat, request, name, model, exact, ids, hashes)
         # Hashed: a salt is a secret between a tenant and its engine.
         cache_key = self._digest(repr(request.salts).encode(), b"salt").hex() if request.salts else ""
@@ -185,6 +211,7 @@ class PromptBuilder:
             affinity_key=request.affinity_key,
             cache_key=cache_key,
             exact=exact,
+            estimated_tokens=estimated_tokens,
             blocks=Blocks(model.hasher, model.hasher.salted(hashes, cache_key)),
         )
 
@@ -281,7 +308,17 @@ def is_well_formed(text: str) -> bool:
 
 def well_formed(text: str) -> str:
     """Text in which each lone surrogate is a replacement character."""
-    return text if is_well_formed(text) else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if is_well_formed(text):
+        return text
+    # Found all at once: a codec's error handler takes a quarter of a second for a million, and holds the GIL.
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2").copy()
+    kinds = units & 0xFC00
+    high, low = kinds == 0xD800, kinds == 0xDC00
+    paired = high[:-1] & low[1:]
+    high[:-1] &= ~paired
+    low[1:] &= ~paired
+    units[high | low] = ord("\ufffd")
+    return units.tobytes().decode("utf-16-le")
 
 
 def _token_ids(item: Sequence[Any], field: str) -> Ids:
@@ -289,3 +326,10 @@ def _token_ids(item: Sequence[Any], field: str) -> Ids:
         return token_array(item)
     except PromptError as error:
         raise PromptError(f"{field}: {str(error).removeprefix('tokens: ')}") from None
+
+
+def built_from(settings: Settings) -> tuple[Any, ...]:
+    """The settings a `PromptBuilder` is built from."""
+    prepare = settings.prepare
+    shape = (settings.tokenizer, settings.chat_template, settings.block_tokens, settings.models)
+    return (*shape, prepare.encoder, prepare.cache_bytes, prepare.image_tokens)

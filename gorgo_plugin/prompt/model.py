@@ -126,6 +126,7 @@ class PromptModel:
         """What a status page shows of it, as plain data."""
         return {
             "tokenizer": self.vocabulary.source,
+            "encoder": self.vocabulary.encoder,
             "vocabulary_size": self.vocabulary.size,
             "chat_template": self._origin,
             "tokenized": "by-segment" if self.cuts or self._spaces else "whole",

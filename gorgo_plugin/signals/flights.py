@@ -47,6 +47,8 @@ class Flight:
     predicted_ms: float
     hashes: bytes
     credit: Credit | None
+    awaits_tokens: bool = False  # routed on an estimate; `hashes` and `credit` are of what was known
+    cache_key: str = ""
     first_token_s: float | None = None
     in_queue: bool = True
     learned: bool = False  # its times have been learned from, or must not be
@@ -115,6 +117,21 @@ class Flights(Table):
         self._uncount(flight, now_s)
         flight.slot, flight.dispatched_s, flight.in_queue = slot, now_s, True
         self._enqueue(flight)
+
+    def recount(self, flight: Flight, prompt_tokens: float, cached_tokens: float) -> None:
+        """The tokens of a prompt that was counted by an estimate are there: correct what it adds to the sums."""
+        slot, columns = flight.slot, self._columns
+        more_prompt = prompt_tokens - flight.prompt_tokens
+        more_uncached = prompt_tokens - cached_tokens - flight.uncached_tokens
+        flight.prompt_tokens, flight.cached_tokens = prompt_tokens, cached_tokens
+        flight.uncached_tokens, flight.awaits_tokens = prompt_tokens - cached_tokens, False
+        if not flight.in_queue:
+            columns["decoding_prompt_tokens"][slot] += more_prompt
+            return
+        columns["queued_tokens"][slot] += more_uncached
+        columns["queued_prompt_tokens"][slot] += more_prompt
+        if next(iter(self._queues[slot])) == flight.flight_id:
+            columns["head_tokens"][slot] = flight.uncached_tokens
 
     def release_unstreamed(self, now_s: float) -> None:
         """Let non-streamed flights leave the prefill queue at their predicted prefill end."""
