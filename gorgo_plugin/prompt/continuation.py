@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
+import xxhash
 from cachetools import LRUCache
 
 from gorgo_plugin.prompt.cache import ENTRY_BYTES
@@ -22,12 +23,12 @@ from gorgo_plugin.prompt.vocabulary import Ids
 LONG_BYTES = 2048  # shorter bodies are read as fast as they are found
 OBJECTS_LOOKED_AT = 512  # before one begins where the known part ended; code and tools are full of braces
 HASHED = 4  # beginnings that end as a known one does; a second one of them is made to look so
-ENDS = 32  # of one conversation; then it is hashed as a whole, or each turn would be one hash more
 CLOSINGS_LOOKED_AT = 8  # places where the list of messages may end
 AFTER_BYTES = 64 * 1024  # of the fields after the messages
 _COMMA = ord(",")
 _MARK_BYTES = 32  # in front of an end; enough to tell it from others at the same place
 
+_SEED = secrets.randbits(64)
 # A key that no body has, under which what follows the known messages is read.
 _REST = secrets.token_hex(16)
 _OPENING = f'{{"{_REST}":['.encode()
@@ -57,15 +58,15 @@ class Known:
     """The part of a body that was prepared before.
 
     Attributes:
-        ends: its length in bytes, up to the end of a message, and before it the lengths it had in earlier requests.
-        digest: hash of its bytes, stretch by stretch between the ends, so that a turn more takes a hash of the turn.
+        end: its length in bytes, up to the end of a message.
+        digest: hash of its bytes.
         head: the fields in front of the messages.
         tools: as the body had them, wherever; they are rendered in front of the messages.
         model, ids, hashes, exact: as in `Prepared`.
         messages: how many there are.
     """
 
-    ends: tuple[int, ...]
+    end: int
     digest: int
     head: Mapping[str, Any]
     tools: Any
@@ -77,7 +78,7 @@ class Known:
 
     def rest(self, body: bytes) -> dict[str, Any] | None:
         """The fields of a body that begins like this, its `messages` being the new ones; None where it has others."""
-        after = body[self.ends[-1] :].lstrip()
+        after = body[self.end :].lstrip()
         if not after.startswith((b",", b"]")):
             return None
         try:
@@ -109,7 +110,7 @@ class Continuations:
                 known = self._known.get(key)
             if known is None:
                 continue
-            if _digest(body, known.ends) == known.digest:
+            if _digest(body, end) == known.digest:
                 return known
             hashed += 1
             if hashed == HASHED:
@@ -132,15 +133,9 @@ class Continuations:
             return
         names = list(fields)
         head = {name: fields[name] for name in names[: names.index("messages")]}
-        ends: tuple[int, ...] = (end,)
         messages = prepared.messages + (0 if before is None else before.messages)
-        if before is not None and len(before.ends) < ENDS and before.ends[-1] < end:
-            ends = (*before.ends, end)
-            digest = hash((before.digest, memoryview(body)[before.ends[-1] : end]))
-        else:
-            digest = _digest(body, ends)
         model, ids, hashes, exact, _ = prepared
-        known = Known(ends, digest, head, fields.get("tools"), model, ids, hashes, exact, messages)
+        known = Known(end, _digest(body, end), head, fields.get("tools"), model, ids, hashes, exact, messages)
         with self._lock:
             if _size(known) <= self._known.maxsize:
                 self._known[end, _mark(body, end)] = known
@@ -152,7 +147,13 @@ class Continuations:
 
 
 def _ends(body: bytes) -> Iterator[int]:
-    """Where one object of a list ends and the next one begins, the last first."""
+    """Where the messages of a body that was sent before may end: those of the whole first, then ever shorter ones."""
+    stop = len(body)
+    for _ in range(CLOSINGS_LOOKED_AT):
+        stop = body.rfind(b"}]", max(len(body) - AFTER_BYTES, 0), stop)
+        if stop < 0:
+            break
+        yield stop + 1
     stop = len(body)
     for _ in range(OBJECTS_LOOKED_AT):
         stop = body.rfind(b"{", 0, stop)
@@ -163,11 +164,10 @@ def _ends(body: bytes) -> Iterator[int]:
             yield end
 
 
-def _digest(body: bytes, ends: Sequence[int]) -> int:
-    digest, start, whole = 0, 0, memoryview(body)  # a slice of it is no copy, and hashes like one
-    for end in ends:
-        digest, start = hash((digest, whole[start:end])), end
-    return digest
+def _digest(body: bytes, end: int) -> int:
+    # Not Python's own hash, which takes fifteen times as long; whoever could make two bodies collide without the seed
+    # would mislead the router about these bodies of theirs.
+    return int(xxhash.xxh3_128_intdigest(memoryview(body)[:end], _SEED))
 
 
 def _mark(body: bytes, end: int) -> int:

@@ -221,8 +221,7 @@ def test_a_body_made_to_look_like_many_known_ones_is_hashed_a_few_times() -> Non
     assert hashed.call_count == continuation.HASHED
 
 
-def test_a_conversation_of_many_turns_is_found_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuation, "ENDS", 5)
+def test_a_conversation_of_many_turns_is_found_at_each() -> None:
     messages, found = [{**LONG, "name": "many turns"}], 0
     for turn in range(20):
         messages = [*messages, {"role": "user", "content": f"turn {turn}"}]
@@ -230,3 +229,20 @@ def test_a_conversation_of_many_turns_is_found_at_each(monkeypatch: pytest.Monke
         found += going_on()._continuations.find(sent) is not None
         assert_alike(prepared(going_on(), sent), prepared(forgetful(), sent))
     assert found == 19
+
+
+def test_a_chat_that_comes_again_goes_on_from_its_end() -> None:
+    sent = body([{**LONG, "name": "again"}, {"role": "user", "content": "once more"}], {"model": "m"}, {}, False)
+    first = prepared(going_on(), sent)
+    known = going_on()._continuations.find(sent)
+    assert known is not None
+    assert known.rest(sent) == {"model": "m", "messages": []}
+    assert_alike(prepared(going_on(), sent), first)
+
+
+def test_a_list_of_messages_that_ends_in_a_comma_is_no_json() -> None:
+    sent = body([{**LONG, "name": "comma"}, {"role": "user", "content": "once"}], {"model": "m"}, {}, False)
+    going_on().prepare(sent, CHAT)
+    assert sent.endswith(b"}]}")
+    with pytest.raises(PromptError, match="not valid JSON"):
+        going_on().prepare(sent[:-2] + b",]}", CHAT)
