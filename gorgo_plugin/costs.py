@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gorgo_plugin.decision import Cost, Costs
 from gorgo_plugin.policies import View
+from gorgo_plugin.policies.base import total_ms
 from gorgo_plugin.policies.pick import Choice
 
 
@@ -40,14 +41,15 @@ class CostTable(Costs):
 
     def _at(self, row: int) -> Cost:
         view = self._view
-        cached, uncached = view.cached_tokens.item(row), view.uncached_tokens.item(row)
+        network_ms, doubt_ms = view.network_ms.item(row), view.doubt_ms.item(row)
+        queue_ms, prefill_ms = view.queue_ms.item(row), view.prefill_ms.item(row)
         return Cost(
-            network_ms=view.network_ms.item(row),
-            doubt_ms=view.doubt_ms.item(row),
-            queue_ms=view.queue_ms.item(row),
-            prefill_ms=view.prefill_ms.item(row),
-            total_ms=view.total_ms.item(row),
+            network_ms=network_ms,
+            doubt_ms=doubt_ms,
+            queue_ms=queue_ms,
+            prefill_ms=prefill_ms,
+            total_ms=total_ms(view.weights, network_ms, doubt_ms, queue_ms, prefill_ms),
             score=self._choice.scores.item(row),
-            cached_tokens=round(cached),
-            uncached_tokens=round(uncached),
+            cached_tokens=round(view.cached_tokens.item(row)),
+            uncached_tokens=round(view.uncached_tokens.item(row)),
         )

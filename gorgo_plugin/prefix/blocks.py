@@ -37,9 +37,7 @@ class BlockHasher:
         start, blocks = len(known) // HASH_BYTES, len(tokens) // self.block_tokens
         if blocks > start:
             full = tokens[start * self.block_tokens : blocks * self.block_tokens]
-            # einsum widens the tokens in small buffers, where `@` would copy them all.
-            hashed = np.einsum("ij,j->i", full.reshape(-1, self.block_tokens), self._keys)
-            known += hashed.tobytes()
+            known += (full.astype(np.uint64).reshape(-1, self.block_tokens) @ self._keys).tobytes()
         return self.salted(known, cache_key)
 
     def size(self, tokens: int) -> int:

@@ -42,6 +42,7 @@ PLAN_INLINE_CHARS = 256 * 1024
 _turn = operator.itemgetter("role", "content")
 OBJECT_CHARS = 64  # what a small object takes to read, in characters of text that would take as long
 STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
+FLUSH_EVERY_S = 1.0
 SWEEPS_PER_TTL = 10  # a lost flight is released at most a tenth of its time to live late
 
 
@@ -251,6 +252,7 @@ class Runtime:
         wanted: dict[Hashable, Job] = {key: job.run for key, job in jobs.items()}
         pause_s = settings.flight_ttl_s / SWEEPS_PER_TTL
         wanted["sweep", pause_s] = functools.partial(_sweep, router, pause_s)
+        wanted["flush"] = functools.partial(_flush, metrics)
         self._background.want(wanted)
 
 
@@ -300,6 +302,13 @@ async def _sweep(router: Router, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
         if lost := router.sweep():
             _log.warning("gorgo: released %d flights that nothing had ended", lost)
+
+
+async def _flush(metrics: Metrics) -> None:
+    """Count events also where nobody asks this process: in multi-process mode the counts are read from files."""
+    while True:
+        await asyncio.sleep(FLUSH_EVERY_S)
+        metrics.flush()
 
 
 def _readings(runtime: weakref.ref[Runtime]) -> Iterable[Reading]:
