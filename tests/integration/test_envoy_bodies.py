@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.envoy_gateway import Gateway, running
+from tests.litellm_proxy import wait_until
 from tests.stub_engine import StubEngine
 
 Engines = tuple[StubEngine, StubEngine]
@@ -181,7 +182,8 @@ def test_a_prompt_that_takes_longer_than_envoy_waits_is_served_unrouted(gateway:
         assert answer.status_code == 200
         assert "x-gorgo-replica" not in answer.headers
         assert [*engines[0].bodies, *engines[1].bodies] == [body]
-        assert gateway.metric("gorgo_fallbacks_total", reason="abandoned") == abandoned + 1
+        given_up = abandoned + 1
+        wait_until(lambda: gateway.metric("gorgo_fallbacks_total", reason="abandoned") == given_up, what="the count")
     finally:
         gateway.reload()
 
