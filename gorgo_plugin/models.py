@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 
-from gorgo_plugin.prefix import BlockHasher, Credit, PrefixIndex
+import numpy as np
+from numpy.typing import NDArray
+
+from gorgo_plugin.prefix import HASH_BYTES, Answer, BlockHasher, Credit, PrefixIndex
 from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals import RateTable
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
 SCALE_STEP = 0.02  # a change below this is not worth re-sizing the index
+ANSWER_WINDOW = 15  # reports that decide whether next turns hold the answers as they were generated; odd
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the replicas hold of one prompt, by slot.
+
+    Attributes:
+        blocks: leading blocks of the prompt; the answers before it are not counted.
+        answers: of replicas that gave the answer from which the prompt goes on: its blocks come on top.
+    """
+
+    blocks: Mapping[int, int]
+    answers: Mapping[int, Answer]
 
 
 class ModelState:
@@ -23,6 +43,7 @@ class ModelState:
         self.rates = RateTable(prior)
         self.scale = 1.0
         self._ratios: deque[float] = deque(maxlen=SCALE_WINDOW)
+        self._answers_kept: deque[bool] = deque(maxlen=ANSWER_WINDOW)
         self._kv_tokens: dict[int, int] = {}
         self._sized_for = 1.0
 
@@ -44,6 +65,36 @@ class ModelState:
         """The replica has left the fleet."""
         self._kv_tokens.pop(slot, None)
         self.index.remove(slot)
+
+    def look_up(self, tokens: NDArray[np.uint32], hashes: bytes) -> Found:
+        """Find a prompt in the index: its tokens, shape (n,), and the hashes of its full blocks."""
+        blocks = self.index.match(hashes)
+        return Found(blocks, self.index.answers_before(hashes, blocks, partial(self.hasher.tail, tokens)))
+
+    def blocks_at(self, found: Found, slot: int) -> int:
+        """Leading blocks of a prompt at one replica, with those of its own last answer where chats keep answers."""
+        blocks = found.blocks.get(slot, 0)
+        return blocks + answer_blocks(found, slot) if found.answers and self.keeps_answers else blocks
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether the last reports found the blocks of answers again: a template may drop reasoning from a chat."""
+        return 2 * sum(self._answers_kept) >= len(self._answers_kept)
+
+    def credit(self, slot: int, hashes: bytes, found: Found) -> Credit:
+        """Note that a prompt is about to be at a replica, and what it shows of the answers before it."""
+        return self.index.credit(slot, hashes, found.answers.values() if self.keeps_answers else ())
+
+    def answered(self, credit: Credit, rest: NDArray[np.uint32], output_tokens: float) -> None:
+        """Note what an answer of `output_tokens` own tokens adds behind its prompt, whose last tokens are `rest`."""
+        # The last token is never fed back, so an engine has no key and value of it.
+        blocks = int(len(rest) + output_tokens - 1) // self.block_tokens
+        self.index.answered(credit, blocks, self.hasher.tail(rest, 0, len(rest)), len(rest))
+
+    def learn_answer(self, path_blocks: int, expected_blocks: int, reported_blocks: int) -> None:
+        """Take in how many blocks were cached of a prompt whose path was followed by `expected_blocks` of an answer."""
+        if expected_blocks > 1 and reported_blocks >= path_blocks:  # less than the path was evicted and says nothing
+            self._answers_kept.append(reported_blocks - path_blocks > expected_blocks // 2)
 
     def cached_tokens(self, blocks: int, own_tokens: int, scale: float) -> float:
         """Engine tokens that `blocks` matching blocks save a prompt: never its last one (vLLM, SGLang)."""
@@ -76,3 +127,9 @@ class ModelState:
 
     def _blocks(self, kv_tokens: int) -> int:
         return max(int(kv_tokens / (self.block_tokens * self._sized_for)), 1)
+
+
+def answer_blocks(found: Found, slot: int) -> int:
+    """Blocks of the answer that a replica gave right before this prompt; 0 where it gave none."""
+    answer = found.answers.get(slot)
+    return 0 if answer is None else len(answer.edge) // HASH_BYTES

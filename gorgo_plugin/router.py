@@ -20,7 +20,7 @@ from cachetools import LRUCache, TTLCache
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.errors import NoCandidates
-from gorgo_plugin.models import ModelState
+from gorgo_plugin.models import Found, ModelState, answer_blocks
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder
@@ -127,12 +127,13 @@ class Router:
             if attempts:
                 self._release(attempts[-1][0], now, answered=False)
             slots = self._candidates(prompt, candidates, exclude)
-            view = self._view(prompt, model, hashes, slots, now, self._rng)
+            found = model.look_up(prompt.tokens, hashes)
+            view = self._view(prompt, model, found, slots, now, self._rng)
             tiers = self._tiers(slots, {slot for _, slot in attempts}, now)
             choice = pick(self._policy, view, tiers, self._rng)
             flight_id = next(self._flight_ids)
             request = request_id if request_id is not None else f"flight-{flight_id}"
-            self._open(flight_id, request, prompt, model, hashes, int(slots[choice.row]), view, choice.row, now)
+            self._open(flight_id, request, prompt, model, hashes, found, int(slots[choice.row]), view, choice.row, now)
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, int(slots[choice.row]))]
             self._counters["routed"] += 1
@@ -151,7 +152,7 @@ class Router:
             slots = self._candidates(prompt, candidates, exclude)
             rng = random.Random()
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
-            view = self._view(prompt, model, hashes, slots, now, rng)
+            view = self._view(prompt, model, model.look_up(prompt.tokens, hashes), slots, now, rng)
             choice = pick(self._policy, view, self._tiers(slots, set(), now), rng)
             return self._decision("", 0, slots, view, choice)
 
@@ -177,9 +178,9 @@ class Router:
     ) -> None:
         """What the engine says it counted; once per flight, also shortly after its release.
 
-        Corrects the index where the engine had less than believed, and the token scale of inexact prompts.
+        Corrects the index where the engine had less than believed, adds the answer's blocks to it, and learns the token
+        scale of inexact prompts.
         """
-        del output_tokens  # part of the API for adapters; nothing learns from it yet
         with self._lock:
             flight = self._flights.get(flight_id) or self._recent.get(flight_id)
             if flight is None or flight.usage_seen:
@@ -191,11 +192,19 @@ class Router:
             model = self._model(flight.model)
             if not flight.exact:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
+            scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
+            if output_tokens is not None and output_tokens > 0:
+                flight.output_tokens = output_tokens / scale
+                if self._flights.get(flight_id) is None:
+                    self._note_answer(flight)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
             if flight.credit is not None:
-                scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
-                model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
+                believed = flight.prompt_tokens / max(flight.own_tokens, 1)  # the scale at dispatch
+                path_tokens = model.cached_tokens(flight.path_blocks, flight.own_tokens, believed)
+                model.correct(flight.credit, path_tokens, cached_tokens, scale, flight.exact)
+                reported_blocks = int(cached_tokens / scale) // model.block_tokens
+                model.learn_answer(flight.path_blocks, flight.answer_blocks, reported_blocks)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
 
     def finish(self, flight_id: int) -> None:
@@ -373,15 +382,14 @@ class Router:
         return slots
 
     def _view(
-        self, prompt: Prompt, model: ModelState, hashes: bytes, slots: SlotArray, now: float, rng: random.Random
+        self, prompt: Prompt, model: ModelState, found: Found, slots: SlotArray, now: float, rng: random.Random
     ) -> View:
         flights = self._flights
         flights.release_unstreamed(now)
         scale = 1.0 if prompt.exact else model.scale
         tokens = len(prompt.tokens) * scale
-        held = model.index.match(hashes)
         cached = np.array(
-            [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
+            [model.cached_tokens(model.blocks_at(found, slot), len(prompt.tokens), scale) for slot in slots.tolist()]
         )
         ms_per_token = model.rates.ms_per_token(slots)
         network_ms, doubt_ms = self._latency.price_ms(slots, now)
@@ -412,6 +420,7 @@ class Router:
         prompt: Prompt,
         model: ModelState,
         hashes: bytes,
+        found: Found,
         slot: int,
         view: View,
         row: int,
@@ -434,8 +443,11 @@ class Router:
             ahead_tokens=self._flights.ahead_tokens(slot, ms_per_token, now),
             network_ms=network_ms,
             predicted_ms=network_ms + float(view.queue_ms[row] + view.prefill_ms[row]),
+            path_blocks=found.blocks.get(slot, 0),
+            answer_blocks=answer_blocks(found, slot),
+            rest=prompt.tokens[len(prompt.tokens) // model.block_tokens * model.block_tokens :].copy(),
             hashes=hashes,
-            credit=model.index.credit(slot, hashes),
+            credit=model.credit(slot, hashes, found),
         )
         self._flights.open(flight)
         self._health.dispatched(slot, flight_id, now)
@@ -464,9 +476,18 @@ class Router:
         if answered:
             self._health.answered(flight.slot)
             self._learn(flight)
-        elif flight.first_token_s is None and flight.credit is not None:
-            self._model(flight.model).index.revoke(flight.credit)
+        if flight.credit is not None:
+            index = self._model(flight.model).index
+            if not answered and flight.first_token_s is None:
+                index.revoke(flight.credit)
+            else:
+                index.ended(flight.credit)
+                self._note_answer(flight)
         return flight
+
+    def _note_answer(self, flight: Flight) -> None:
+        if flight.credit is not None and flight.output_tokens is not None:
+            self._model(flight.model).answered(flight.credit, flight.rest, flight.output_tokens)
 
     def _learn(self, flight: Flight) -> None:
         """Rates, from streamed answers only: of the others the first token was not seen."""

@@ -38,3 +38,9 @@ class BlockHasher:
             salt = hashlib.blake2b(cache_key.encode("utf-8", "surrogatepass"), key=self._secret, digest_size=HASH_BYTES)
             hashed[0] ^= np.frombuffer(salt.digest(), dtype=np.uint64)[0]
         return hashed.tobytes()
+
+    def tail(self, tokens: NDArray[np.uint32], blocks: int, count: int) -> bytes:
+        """Hash of the `count` tokens behind the first `blocks` blocks, fewer than fill a block."""
+        start = blocks * self.block_tokens
+        part = tokens[start : start + count]
+        return int((part * self._keys[: len(part)]).sum(dtype=np.uint64)).to_bytes(HASH_BYTES, "big")

@@ -8,6 +8,7 @@ capacity in blocks and forgets as engines do: least recently used first, the tai
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gorgo_plugin.prefix.blocks import HASH_BYTES
@@ -31,6 +32,23 @@ class _Node:
         self.holding_children: dict[int, int] = {}  # bit -> how many children that replica holds
 
 
+class Answer(_Node):
+    """The blocks of an answer, which follow a prompt's in the cache but whose tokens this side never sees.
+
+    A child of the prompt's last node under a made-up key, so that it ages, takes room and is evicted like any other,
+    until a prompt that goes on from there shows what its blocks are.
+    """
+
+    __slots__ = ("bit", "key", "tail", "tail_tokens")
+
+    def __init__(self, edge: bytes, parent: _Node, bit: int, tail: bytes, tail_tokens: int) -> None:
+        super().__init__(edge, parent)
+        self.bit = bit
+        self.key = (0, b"")
+        self.tail = tail
+        self.tail_tokens = tail_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Credit:
     """What one dispatch added to the index, so that it can be taken back or corrected.
@@ -40,6 +58,7 @@ class Credit:
         replica, bit: who was credited, and under which identity (a forgotten replica gets a new one).
         tick: the time of use that the credit wrote.
         leaf: the last node of the path.
+        blocks: length of the path.
         boundary: the last node that was held before; what lies between it and `leaf` is new.
         extended_blocks: blocks appended to the edge of `boundary` itself.
         had_blocks: blocks of the prompt that were believed cached before.
@@ -51,6 +70,7 @@ class Credit:
     bit: int
     tick: int
     leaf: _Node
+    blocks: int
     boundary: _Node
     extended_blocks: int
     had_blocks: int
@@ -72,6 +92,7 @@ class PrefixIndex:
         self._heaps: dict[int, list[tuple[int, int, _Node]]] = {}
         self._pushes = 0  # breaks ties between heap entries of one tick; later pushes are nearer the root
         self._next_bit = 0
+        self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
 
     def set_capacity(self, replica: int, blocks: int) -> None:
         """Let `replica` hold at most `blocks` blocks; what is over leaves at once."""
@@ -105,10 +126,15 @@ class PrefixIndex:
         self._note(found, alive, depth)
         return found
 
-    def credit(self, replica: int, hashes: bytes) -> Credit:
-        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
+    def credit(self, replica: int, hashes: bytes, shown: Iterable[Answer] = ()) -> Credit:
+        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full.
+
+        `shown` are the answers that `hashes` goes on from (`answers_before`), wherever they were given.
+        """
         bit = self._bit_of[replica]
         self._clean_retired()
+        for answer in shown:
+            self._show(answer, hashes)
         self._tick += 1
         flag = 1 << bit
         node = boundary = self._root
@@ -143,7 +169,8 @@ class PrefixIndex:
             self._queue_if_leaf(node, bit)
         self._evict_to_capacity(replica)
         had = stamps[-1][0] if stamps else 0
-        return Credit(self, replica, bit, self._tick, node, boundary, extended, had, tuple(stamps))
+        blocks = end // HASH_BYTES
+        return Credit(self, replica, bit, self._tick, node, blocks, boundary, extended, had, tuple(stamps))
 
     def revoke(self, credit: Credit) -> None:
         """Take back what `credit` added, except what a later use has confirmed."""
@@ -185,6 +212,95 @@ class PrefixIndex:
         while heap and heap[0][0] <= oldest:
             self._evict_one(bit, before, oldest)
         return before - self._held[bit]
+
+    # The end of a request, and its answer
+
+    def ended(self, credit: Credit) -> None:
+        """The request is over: engines let its blocks age from here on, not from its dispatch."""
+        if self._stands(credit):
+            self._tick += 1
+            for node in _upwards(credit.leaf):
+                if credit.bit in node.used:
+                    node.used[credit.bit] = self._tick
+
+    def answered(self, credit: Credit, blocks: int, tail: bytes, tail_tokens: int) -> None:
+        """Behind the path of `credit` the replica holds `blocks` more: the prompt's rest and its answer.
+
+        Args:
+            credit: of the request that was answered.
+            blocks: full blocks beyond those of the path.
+            tail: hash of the prompt's tokens behind its last full block, `tail_tokens` of them.
+        """
+        leaf, bit = credit.leaf, credit.bit
+        if blocks < 1 or not self._stands(credit) or not leaf.mask >> bit & 1:
+            return
+        if credit.blocks == 0 or sum(len(node.edge) for node in _upwards(leaf)) != credit.blocks * HASH_BYTES:
+            return  # another prompt has gone on from here meanwhile
+        self._pushes += 1
+        first = (~self._pushes).to_bytes(HASH_BYTES, "big", signed=True)
+        answer = Answer(first + bytes((blocks - 1) * HASH_BYTES), leaf, bit, tail, tail_tokens)
+        answer.key = credit.blocks, leaf.edge[-HASH_BYTES:]
+        leaf.children[first] = answer
+        self._hold(answer, bit)
+        answer.used[bit] = leaf.used[bit]
+        self._answers.setdefault(answer.key, []).append(answer)
+        self._queue_if_leaf(answer, bit)
+        self._evict_to_capacity(credit.replica)
+
+    def answers_before(
+        self, hashes: bytes, held: Mapping[int, int], tail: Callable[[int, int], bytes]
+    ) -> dict[int, Answer]:
+        """The answers that a prompt goes on from, by the replica that gave them.
+
+        Args:
+            hashes: of the prompt.
+            held: what `match` found.
+            tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
+        """
+        found: dict[int, Answer] = {}
+        for depth in set(held.values()) if self._answers else ():
+            if depth * HASH_BYTES == len(hashes):
+                continue  # it ends there: the same prompt again
+            for answer in self._answers.get((depth, hashes[(depth - 1) * HASH_BYTES : depth * HASH_BYTES]), ()):
+                replica = self._owner.get(answer.bit)
+                if (
+                    replica is not None
+                    and held.get(replica) == depth
+                    and tail(depth, answer.tail_tokens) == answer.tail
+                    and _leads_to(answer.parent, hashes[: depth * HASH_BYTES])
+                ):
+                    found[replica] = answer
+        return found
+
+    def _show(self, answer: Answer, hashes: bytes) -> None:
+        """Give an answer's blocks the hashes that the prompt behind it shows them to have."""
+        node, bit = answer.parent, answer.bit
+        assert node is not None
+        start, tick = answer.key[0] * HASH_BYTES, answer.used[bit]
+        end = min(start + len(answer.edge), len(hashes))
+        self._release(answer, bit)
+        if start >= end:
+            return
+        child = node.children.get(hashes[start : start + HASH_BYTES])
+        if child is None and node.mask == 1 << bit and not node.children:
+            node.edge += hashes[start:end]
+            self._held[bit] += (end - start) // HASH_BYTES
+            return
+        if child is None:
+            child = node.children[hashes[start : start + HASH_BYTES]] = _Node(hashes[start:end], node)
+        common = _common_blocks(child.edge, hashes, start, end)
+        if common * HASH_BYTES < len(child.edge):
+            child = self._split(child, common)
+        if not child.mask >> bit & 1:
+            self._hold(child, bit)
+            child.used[bit] = tick
+            self._queue_if_leaf(child, bit)
+
+    def _drop_answer(self, answer: Answer) -> None:
+        siblings = self._answers[answer.key]
+        siblings.remove(answer)
+        if not siblings:
+            del self._answers[answer.key]
 
     def forget(self, replica: int) -> None:
         """Drop all credit of `replica` at once; its nodes are cleaned away by later credits."""
@@ -261,6 +377,8 @@ class PrefixIndex:
                 self._queue_if_leaf(parent, bit)
         if not node.mask:
             del parent.children[node.edge[:HASH_BYTES]]
+            if isinstance(node, Answer):
+                self._drop_answer(node)
 
     def _queue_if_leaf(self, node: _Node, bit: int) -> None:
         flag = 1 << bit
@@ -314,6 +432,25 @@ class PrefixIndex:
             self._retired.pop()
             del self._held[bit], self._heaps[bit]
             self._free_bits.append(bit)
+
+
+def _upwards(node: _Node) -> Iterator[_Node]:
+    """The node and those above it, without the root."""
+    above: _Node | None = node
+    while above is not None and above.parent is not None:
+        yield above
+        above = above.parent
+
+
+def _leads_to(node: _Node | None, hashes: bytes) -> bool:
+    """Whether the path from the root to the end of `node` is `hashes`."""
+    end = len(hashes)
+    for above in _upwards(node) if node is not None else ():
+        start = end - len(above.edge)
+        if start < 0 or hashes[start:end] != above.edge:
+            return False
+        end = start
+    return end == 0
 
 
 def _common_blocks(edge: bytes, hashes: bytes, position: int, end: int) -> int:
