@@ -11,9 +11,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from gorgo_plugin.prefix import HASH_BYTES, Answer, BlockHasher, Credit, PrefixIndex
+from gorgo_plugin.decision import Prompt
+from gorgo_plugin.prefix import Answer, Credit, PrefixIndex, block_hasher
 from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals import RateTable
+from gorgo_plugin.signals.columns import FloatArray
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
 SCALE_STEP = 0.02  # a change below this is not worth re-sizing the index
@@ -22,15 +24,20 @@ ANSWER_WINDOW = 15  # reports that decide whether next turns hold the answers as
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the replicas hold of one prompt, by slot.
+    """What the replicas hold of one prompt.
 
     Attributes:
-        blocks: leading blocks of the prompt; the answers before it are not counted.
-        answers: of replicas that gave the answer from which the prompt goes on: its blocks come on top.
+        blocks: leading blocks of the prompt by slot, shape (replicas,); the answer before it is not counted.
+        answers: by slot, of the replicas that gave the answer from which the prompt goes on: its blocks come on top.
     """
 
-    blocks: Mapping[int, int]
+    blocks: FloatArray
     answers: Mapping[int, Answer]
+
+    def answer_blocks(self, slot: int) -> int:
+        """Blocks of the answer that a replica gave right before this prompt; 0 where it gave none."""
+        answer = self.answers.get(slot)
+        return 0 if answer is None else answer.blocks
 
 
 class ModelState:
@@ -38,7 +45,7 @@ class ModelState:
 
     def __init__(self, block_tokens: int, secret: bytes, prior: RateSettings) -> None:
         self.block_tokens = block_tokens
-        self.hasher = BlockHasher(block_tokens, secret)
+        self.hasher = block_hasher(block_tokens, secret)
         self.index = PrefixIndex()
         self.rates = RateTable(prior)
         self.scale = 1.0
@@ -66,15 +73,31 @@ class ModelState:
         self._kv_tokens.pop(slot, None)
         self.index.remove(slot)
 
-    def look_up(self, tokens: NDArray[np.uint32], hashes: bytes) -> Found:
-        """Find a prompt in the index: its tokens, shape (n,), and the hashes of its full blocks."""
-        blocks = self.index.match(hashes)
-        return Found(blocks, self.index.answers_before(hashes, blocks, partial(self.hasher.tail, tokens)))
+    def hashes(self, prompt: Prompt) -> bytes:
+        """Hashes of the prompt's full blocks."""
+        if prompt.blocks is not None and prompt.blocks.hasher is self.hasher:
+            return prompt.blocks.hashes
+        return self.hasher.hashes(prompt.tokens, prompt.cache_key)
 
-    def blocks_at(self, found: Found, slot: int) -> int:
-        """Leading blocks of a prompt at one replica, with those of its own last answer where chats keep answers."""
-        blocks = found.blocks.get(slot, 0)
-        return blocks + answer_blocks(found, slot) if found.answers and self.keeps_answers else blocks
+    def look_up(self, tokens: NDArray[np.uint32], hashes: bytes, replicas: int) -> Found:
+        """Find a prompt in the index: its tokens, shape (n,), and the hashes of its full blocks."""
+        walk = self.index.walk(hashes)
+        answers = self.index.answers_before(hashes, walk, partial(self.hasher.tail, tokens))
+        return Found(self.index.spread(walk, replicas), answers)
+
+    def cached_tokens(self, found: Found, own_tokens: int, scale: float) -> FloatArray:
+        """Engine tokens that what each replica holds saves a prompt, shape (replicas,): never its last token.
+
+        vLLM and SGLang compute the last token of every prompt anew.
+        """
+        blocks = found.blocks
+        if found.answers and self.keeps_answers:
+            blocks = blocks.copy()
+            for slot, answer in found.answers.items():
+                blocks[slot] += answer.blocks
+        cached = np.minimum(blocks, max(own_tokens - 1, 0) // self.block_tokens)
+        cached *= self.block_tokens * scale
+        return cached
 
     @property
     def keeps_answers(self) -> bool:
@@ -95,10 +118,6 @@ class ModelState:
         """Take in how many blocks were cached of a prompt whose path was followed by `expected_blocks` of an answer."""
         if expected_blocks > 1 and reported_blocks >= path_blocks:  # less than the path was evicted and says nothing
             self._answers_kept.append(reported_blocks - path_blocks > expected_blocks // 2)
-
-    def cached_tokens(self, blocks: int, own_tokens: int, scale: float) -> float:
-        """Engine tokens that `blocks` matching blocks save a prompt: never its last one (vLLM, SGLang)."""
-        return min(blocks, max(own_tokens - 1, 0) // self.block_tokens) * self.block_tokens * scale
 
     def learn_scale(self, own_tokens: int, engine_tokens: int) -> None:
         """Take in how many tokens the engine counted for a prompt counted here with another tokenizer."""
@@ -127,9 +146,3 @@ class ModelState:
 
     def _blocks(self, kv_tokens: int) -> int:
         return max(int(kv_tokens / (self.block_tokens * self._sized_for)), 1)
-
-
-def answer_blocks(found: Found, slot: int) -> int:
-    """Blocks of the answer that a replica gave right before this prompt; 0 where it gave none."""
-    answer = found.answers.get(slot)
-    return 0 if answer is None else len(answer.edge) // HASH_BYTES

@@ -162,9 +162,7 @@ class Replay:
         prompt = Prompt(tokens=request.tokens())
         decision = self.router.route(prompt)
         cost = decision.costs[decision.replica]
-        served = Served(
-            index, self._now, decision.replica, len(prompt), cost.cached_tokens, cost.predicted_ttft_ms
-        )
+        served = Served(index, self._now, decision.replica, len(prompt), cost.cached_tokens, cost.predicted_ttft_ms)
         site = self._by_name[decision.replica]
         site.under_way[index] = decision.flight_id, served
         engine_request = EngineRequest(index, len(prompt), request.output_tokens, request.blocks())

@@ -103,6 +103,6 @@ def _take(numbers: Iterator[int], count: int) -> list[int]:
 
 
 def _trace_tokens(path: Sequence[int], tokens: int) -> NDArray[np.uint32]:
-    first = np.array(path, dtype=np.uint32)[:, np.newaxis] * np.uint32(BLOCK_TOKENS)
-    ids: NDArray[np.uint32] = (first + np.arange(BLOCK_TOKENS, dtype=np.uint32)).reshape(-1)[:tokens]
-    return ids
+    numbers = np.array(path, dtype=np.uint32) * np.uint32(BLOCK_TOKENS)
+    ids: NDArray[np.uint32] = np.add.outer(numbers, np.arange(BLOCK_TOKENS, dtype=np.uint32)).reshape(-1)
+    return ids[:tokens]

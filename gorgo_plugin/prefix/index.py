@@ -8,13 +8,18 @@ capacity in blocks and forgets as engines do: least recently used first, the tai
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gorgo_plugin.prefix.blocks import HASH_BYTES
 
 # A prompt made to branch at every block would turn a lookup into one step per block; a conversation has some dozens.
 MAX_WALK_NODES = 4096
+# Replicas that stop matching at the same place are told apart one by one, or from so many on as an array.
+FEW_REPLICAS = 4
 # Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
 RETIRED_BLOCKS_PER_CREDIT = 4096
 
@@ -48,8 +53,13 @@ class Answer(_Node):
         self.tail = tail
         self.tail_tokens = tail_tokens
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of it that are left."""
+        return len(self.edge) // HASH_BYTES
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class Credit:
     """What one dispatch added to the index, so that it can be taken back or corrected.
 
@@ -85,6 +95,7 @@ class PrefixIndex:
         self._tick = 0
         self._bit_of: dict[int, int] = {}
         self._owner: dict[int, int] = {}  # bit -> replica
+        self._owners = np.empty(0, dtype=np.intp)  # the same as an array, -1 where there is none
         self._free_bits: list[int] = []
         self._retired: list[int] = []
         self._capacity: dict[int, int] = {}  # replica -> blocks
@@ -108,23 +119,46 @@ class PrefixIndex:
 
     def match(self, hashes: bytes) -> dict[int, int]:
         """Leading blocks of `hashes` held by each replica that holds any: replica -> blocks."""
-        found: dict[int, int] = {}
+        owner = self._owner
+        return {owner[bit]: depth for mask, depth in self.walk(hashes) for bit in _bits(mask) if bit in owner}
+
+    def blocks(self, hashes: bytes, replicas: int) -> NDArray[np.float64]:
+        """The same as an array of shape (replicas,), for the replicas 0 to `replicas` - 1."""
+        return self.spread(self.walk(hashes), replicas)
+
+    def spread(self, walk: Sequence[tuple[int, int]], replicas: int) -> NDArray[np.float64]:
+        """What `walk` found, as an array of shape (replicas,)."""
+        found, owner = np.zeros(replicas), self._owner
+        for mask, depth in walk:
+            if mask.bit_count() <= FEW_REPLICAS:
+                for bit in _bits(mask):
+                    if bit in owner:
+                        found[owner[bit]] = depth
+            else:
+                octets = np.frombuffer(mask.to_bytes(-(-mask.bit_length() // 8), "little"), dtype=np.uint8)
+                owners = self._owners[np.flatnonzero(np.unpackbits(octets, bitorder="little"))]
+                found[owners[owners >= 0]] = depth
+        return found
+
+    def walk(self, hashes: bytes) -> list[tuple[int, int]]:
+        """(mask of replicas, leading blocks of `hashes` that they hold), the fewest blocks first."""
+        stopped: list[tuple[int, int]] = []
         node, alive, depth, position, end = self._root, -1, 0, 0, len(hashes)
         for _ in range(MAX_WALK_NODES):
             child = node.children.get(hashes[position : position + HASH_BYTES])
             here = alive & child.mask if child is not None and position < end else 0
             if depth and alive & ~here:
-                self._note(found, alive & ~here, depth)
+                stopped.append((alive & ~here, depth))
             if child is None or not here:
-                return found
+                return stopped
             common = _common_blocks(child.edge, hashes, position, end)
             alive, node = here, child
             depth += common
             position += common * HASH_BYTES
             if common * HASH_BYTES < len(child.edge):
                 break
-        self._note(found, alive, depth)
-        return found
+        stopped.append((alive, depth))
+        return stopped
 
     def credit(self, replica: int, hashes: bytes, shown: Iterable[Answer] = ()) -> Credit:
         """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full.
@@ -248,26 +282,27 @@ class PrefixIndex:
         self._evict_to_capacity(credit.replica)
 
     def answers_before(
-        self, hashes: bytes, held: Mapping[int, int], tail: Callable[[int, int], bytes]
+        self, hashes: bytes, walk: Sequence[tuple[int, int]], tail: Callable[[int, int], bytes]
     ) -> dict[int, Answer]:
         """The answers that a prompt goes on from, by the replica that gave them.
 
         Args:
             hashes: of the prompt.
-            held: what `match` found.
+            walk: what `walk` found.
             tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
         """
         found: dict[int, Answer] = {}
-        for depth in set(held.values()) if self._answers else ():
-            if depth * HASH_BYTES == len(hashes):
+        for mask, depth in walk if self._answers else ():
+            end = depth * HASH_BYTES
+            if end == len(hashes):
                 continue  # it ends there: the same prompt again
-            for answer in self._answers.get((depth, hashes[(depth - 1) * HASH_BYTES : depth * HASH_BYTES]), ()):
+            for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), ()):
                 replica = self._owner.get(answer.bit)
                 if (
                     replica is not None
-                    and held.get(replica) == depth
+                    and mask >> answer.bit & 1
                     and tail(depth, answer.tail_tokens) == answer.tail
-                    and _leads_to(answer.parent, hashes[: depth * HASH_BYTES])
+                    and _leads_to(answer.parent, hashes[:end])
                 ):
                     found[replica] = answer
         return found
@@ -307,8 +342,7 @@ class PrefixIndex:
         bit = self._bit_of.get(replica)
         if bit is None:
             return
-        del self._owner[bit]
-        self._retired.append(bit)
+        self._retire(bit)
         self._assign_bit(replica)
 
     def remove(self, replica: int) -> None:
@@ -316,28 +350,24 @@ class PrefixIndex:
         self.forget(replica)
         bit = self._bit_of.pop(replica, None)
         if bit is not None:
-            del self._owner[bit]
-            self._retired.append(bit)
+            self._retire(bit)
             self._capacity.pop(replica, None)
+
+    def _retire(self, bit: int) -> None:
+        del self._owner[bit]
+        self._owners[bit] = -1
+        self._retired.append(bit)
 
     def _assign_bit(self, replica: int) -> None:
         if self._free_bits:
             bit = self._free_bits.pop()
         else:
             bit, self._next_bit = self._next_bit, self._next_bit + 1
+            self._owners = np.append(self._owners, -1)
         self._bit_of[replica] = bit
-        self._owner[bit] = replica
+        self._owner[bit] = self._owners[bit] = replica
         self._held[bit] = 0
         self._heaps[bit] = []
-
-    def _note(self, found: dict[int, int], mask: int, depth: int) -> None:
-        owner = self._owner
-        while mask:
-            low = mask & -mask
-            mask ^= low
-            replica = owner.get(low.bit_length() - 1)
-            if replica is not None:
-                found[replica] = depth
 
     def _split(self, node: _Node, blocks: int) -> _Node:
         """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
@@ -451,6 +481,14 @@ def _leads_to(node: _Node | None, hashes: bytes) -> bool:
             return False
         end = start
     return end == 0
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """The places of the bits that are set."""
+    while mask:
+        low = mask & -mask
+        mask ^= low
+        yield low.bit_length() - 1
 
 
 def _common_blocks(edge: bytes, hashes: bytes, position: int, end: int) -> int:

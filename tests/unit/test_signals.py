@@ -243,6 +243,9 @@ def flight(number: int, uncached: float = 1000.0, at: float = 0.0, stream: bool 
         ahead_tokens=0.0,
         network_ms=100.0,
         predicted_ms=100.0 + uncached * 0.1,
+        path_blocks=0,
+        answer_blocks=0,
+        rest=np.empty(0, dtype=np.uint32),
         hashes=b"",
         credit=None,
     )
