@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.prefix import Answer, Credit, PrefixIndex, block_hasher
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals import RateTable
+from gorgo_plugin.signals import Flight, RateTable
 from gorgo_plugin.signals.columns import FloatArray
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
 SCALE_STEP = 0.02  # a change below this is not worth re-sizing the index
 ANSWER_WINDOW = 15  # reports that decide whether next turns hold the answers as they were generated; odd
+MAX_SHRINK, MAX_GROWTH = 0.9, 1.25  # of a capacity, per report: one of them may mislead
+MAX_CAPACITY = 4.0  # times what was told: bounds the index whatever engines report
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,12 @@ class ModelState:
     def reset(self, slot: int) -> None:
         """Forget all about one replica."""
         self.rates.reset(slot)
-        self.index.remove(slot)
+        self.remove(slot)
 
     def set_capacity(self, slot: int, kv_tokens: int) -> None:
-        """Let the index believe that a replica keeps `kv_tokens` engine tokens."""
+        """Let the index believe that a replica keeps `kv_tokens` engine tokens, until its reports show otherwise."""
+        if self._kv_tokens.get(slot) == kv_tokens:
+            return
         self._kv_tokens[slot] = kv_tokens
         self.index.set_capacity(slot, self._blocks(kv_tokens))
 
@@ -114,11 +118,6 @@ class ModelState:
         blocks = int(len(rest) + output_tokens - 1) // self.block_tokens
         self.index.answered(credit, blocks, self.hasher.tail(rest, 0, len(rest)), len(rest))
 
-    def learn_answer(self, path_blocks: int, expected_blocks: int, reported_blocks: int) -> None:
-        """Take in how many blocks were cached of a prompt whose path was followed by `expected_blocks` of an answer."""
-        if expected_blocks > 1 and reported_blocks >= path_blocks:  # less than the path was evicted and says nothing
-            self._answers_kept.append(reported_blocks - path_blocks > expected_blocks // 2)
-
     def learn_scale(self, own_tokens: int, engine_tokens: int) -> None:
         """Take in how many tokens the engine counted for a prompt counted here with another tokenizer."""
         if own_tokens <= 0 or engine_tokens <= 0:
@@ -134,15 +133,35 @@ class ModelState:
             for slot, kv_tokens in self._kv_tokens.items():
                 self.index.set_capacity(slot, self._blocks(kv_tokens))
 
-    def correct(self, credit: Credit, estimated_tokens: float, reported_tokens: int, scale: float, exact: bool) -> int:
-        """Compare what the engine found cached with the estimate; returns the blocks forgotten.
+    def learn_cached(self, flight: Flight, reported_blocks: int) -> None:
+        """Compare what the engine found cached with what was believed, and let the index follow it.
 
-        One block is tolerated, for an exact prompt; with a scaled count a tenth besides, because the scale is a mean.
+        Less: the engine evicted that and all that is older, so it holds no more than what is newer. More: it kept what
+        was thought evicted, so it holds at least all that was used since. One block is tolerated, and of a prompt that
+        is not exact a tenth besides, because its scale is a mean.
         """
-        tolerated = self.block_tokens * scale + (0.0 if exact else 0.1 * estimated_tokens)
-        if estimated_tokens - reported_tokens <= tolerated:
-            return 0
-        return self.index.correct(credit, int(reported_tokens / scale) // self.block_tokens)
+        credit, path = flight.credit, min(flight.path_blocks, max(flight.own_tokens - 1, 0) // self.block_tokens)
+        if credit is None:
+            return
+        tolerated = 1 + (0 if flight.exact else path // 10)
+        if path - reported_blocks > tolerated:
+            if self.index.correct(credit, reported_blocks):
+                self._resize(credit.replica, self.index.held_blocks(credit.replica))
+            return
+        if flight.answer_blocks > 1:  # a shortfall of these alone may be the template's doing, and evicts nothing
+            self._answers_kept.append(reported_blocks - path > flight.answer_blocks // 2)
+        elif reported_blocks - path > tolerated:
+            needed = self.index.would_keep(credit, flight.hashes)
+            if needed > self.index.capacity(credit.replica):
+                self._resize(credit.replica, needed)
+
+    def _resize(self, slot: int, blocks: int) -> None:
+        capacity = self.index.capacity(slot)
+        least, most = int(capacity * MAX_SHRINK), min(capacity * MAX_GROWTH, self._told(slot) * MAX_CAPACITY)
+        self.index.set_capacity(slot, max(min(max(blocks, least), int(most)), 1))
+
+    def _told(self, slot: int) -> int:
+        return self._blocks(self._kv_tokens[slot])
 
     def _blocks(self, kv_tokens: int) -> int:
         return max(int(kv_tokens / (self.block_tokens * self._sized_for)), 1)

@@ -176,8 +176,8 @@ class Router:
     ) -> None:
         """What the engine says it counted; once per flight, also shortly after its release.
 
-        Corrects the index where the engine had less than believed, adds the answer's blocks to it, and learns the token
-        scale of inexact prompts.
+        Corrects the index where the engine had less or more than believed, adds the answer's blocks to it, and learns
+        the token scale of inexact prompts.
         """
         with self._lock:
             flight = self._flights.get(flight_id) or self._recent.get(flight_id)
@@ -198,11 +198,7 @@ class Router:
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
             if flight.credit is not None:
-                believed = flight.prompt_tokens / max(flight.own_tokens, 1)  # the scale at dispatch
-                path_tokens = min(flight.path_blocks * model.block_tokens * believed, flight.cached_tokens)
-                model.correct(flight.credit, path_tokens, cached_tokens, scale, flight.exact)
-                reported_blocks = int(cached_tokens / scale) // model.block_tokens
-                model.learn_answer(flight.path_blocks, flight.answer_blocks, reported_blocks)
+                model.learn_cached(flight, int(cached_tokens / scale) // model.block_tokens)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
 
     def finish(self, flight_id: int) -> None:
@@ -257,6 +253,7 @@ class Router:
             self._flights.move(flight, slot, now)
             self._health.dispatched(slot, flight_id, now)
             flight.credit = model.index.credit(slot, flight.hashes)
+            flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
             flight.learned = True  # its times span two replicas
 
     # What is known of the replicas

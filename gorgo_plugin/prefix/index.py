@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cachetools import FIFOCache
 from numpy.typing import NDArray
 
 from gorgo_plugin.prefix.blocks import HASH_BYTES
@@ -22,6 +23,8 @@ MAX_WALK_NODES = 4096
 FEW_REPLICAS = 4
 # Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
 RETIRED_BLOCKS_PER_CREDIT = 4096
+# Evictions of a replica that are remembered, to see from reports that they came too early; about as many requests.
+MAX_EVICTIONS = 1024
 
 
 class _Node:
@@ -72,6 +75,7 @@ class Credit:
         boundary: the last node that was held before; what lies between it and `leaf` is new.
         extended_blocks: blocks appended to the edge of `boundary` itself.
         had_blocks: blocks of the prompt that were believed cached before.
+        age: the replica's capacity and the blocks it had evicted, added up; see `would_keep`.
         stamps: (end block, tick of last use before this credit) of each part that was believed cached.
     """
 
@@ -84,6 +88,7 @@ class Credit:
     boundary: _Node
     extended_blocks: int
     had_blocks: int
+    age: int
     stamps: tuple[tuple[int, int], ...]
 
 
@@ -101,6 +106,8 @@ class PrefixIndex:
         self._capacity: dict[int, int] = {}  # replica -> blocks
         self._held: dict[int, int] = {}  # bit -> blocks
         self._heaps: dict[int, list[tuple[int, int, _Node]]] = {}
+        self._evicted: dict[int, int] = {}  # bit -> blocks evicted so far
+        self._evictions: dict[int, FIFOCache[bytes, int]] = {}  # bit -> first hash evicted -> `_evicted` before
         self._pushes = 0  # breaks ties between heap entries of one tick; later pushes are nearer the root
         self._next_bit = 0
         self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
@@ -111,6 +118,10 @@ class PrefixIndex:
         if replica not in self._bit_of:
             self._assign_bit(replica)
         self._evict_to_capacity(replica)
+
+    def capacity(self, replica: int) -> int:
+        """Blocks `replica` is believed to have room for."""
+        return self._capacity[replica]
 
     def held_blocks(self, replica: int) -> int:
         """Blocks `replica` is believed to hold."""
@@ -201,10 +212,11 @@ class PrefixIndex:
             node = child
         if node is not self._root:
             self._queue_if_leaf(node, bit)
+        age = self._capacity[replica] + self._evicted[bit]
         self._evict_to_capacity(replica)
         had = stamps[-1][0] if stamps else 0
         blocks = end // HASH_BYTES
-        return Credit(self, replica, bit, self._tick, node, blocks, boundary, extended, had, tuple(stamps))
+        return Credit(self, replica, bit, self._tick, node, blocks, boundary, extended, had, age, tuple(stamps))
 
     def revoke(self, credit: Credit) -> None:
         """Take back what `credit` added, except what a later use has confirmed."""
@@ -246,6 +258,17 @@ class PrefixIndex:
         while heap and heap[0][0] <= oldest:
             self._evict_one(bit, before, oldest)
         return before - self._held[bit]
+
+    def would_keep(self, credit: Credit, hashes: bytes) -> int:
+        """Least capacity in blocks with which the first block that was missing would not have been evicted.
+
+        0 when it was not evicted lately. `hashes` are those that `credit` was given for.
+        """
+        start = credit.had_blocks * HASH_BYTES
+        if not self._stands(credit) or start >= len(hashes):
+            return 0
+        evicted_before = self._evictions[credit.bit].get(hashes[start : start + HASH_BYTES])
+        return 0 if evicted_before is None else max(credit.age - evicted_before, 0)
 
     # The end of a request, and its answer
 
@@ -368,6 +391,8 @@ class PrefixIndex:
         self._owner[bit] = self._owners[bit] = replica
         self._held[bit] = 0
         self._heaps[bit] = []
+        self._evicted[bit] = 0
+        self._evictions[bit] = FIFOCache(MAX_EVICTIONS)
 
     def _split(self, node: _Node, blocks: int) -> _Node:
         """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
@@ -433,7 +458,9 @@ class PrefixIndex:
         if node.used[bit] != tick or tick > newest:
             self._queue_if_leaf(node, bit)  # used since it was queued
             return
-        self._drop_tail(node, bit, most_blocks)
+        kept = max(len(node.edge) - most_blocks * HASH_BYTES, 0)
+        self._evictions[bit][node.edge[kept : kept + HASH_BYTES]] = self._evicted[bit]
+        self._evicted[bit] += self._drop_tail(node, bit, most_blocks)
 
     def _drop_tail(self, node: _Node, bit: int, most_blocks: int) -> int:
         """Take up to `most_blocks` of a leaf's tail from a replica; returns how many it had."""
@@ -460,7 +487,7 @@ class PrefixIndex:
             if heap:
                 return
             self._retired.pop()
-            del self._held[bit], self._heaps[bit]
+            del self._held[bit], self._heaps[bit], self._evicted[bit], self._evictions[bit]
             self._free_bits.append(bit)
 
 
