@@ -19,11 +19,13 @@ from cachetools import LRUCache, TTLCache
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.engine_caches import EngineCaches
 from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.models import ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.prompt.builder import prepared_by
 from gorgo_plugin.replicas import Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
@@ -76,13 +78,13 @@ class Router:
         self._gauges = GaugeTable()
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
+        self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
         self._models: LRUCache[str, ModelState] = LRUCache(MAX_MODELS)
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
-        self._state = State(
-            self._replicas, self._latency, self._flights, self._gauges, self._health, self._models, self._model
-        )
+        tables = (self._latency, self._flights, self._gauges, self._health, self._models, self._model)
+        self._state = State(self._replicas, *tables, self.engine_caches)
         self._swept_s = clock()
         self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
         self.set_replicas(settings.replicas)
@@ -193,6 +195,7 @@ class Router:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
+            self.engine_caches.reported(flight.slot)
             if flight.credit is not None:
                 scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
                 model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
@@ -250,6 +253,7 @@ class Router:
             self._flights.move(flight, slot, now)
             self._health.dispatched(slot, flight_id, now)
             flight.credit = model.index.credit(slot, flight.hashes)
+            self.engine_caches.dispatched(flight)
             flight.learned = True  # its times span two replicas
 
     # What is known of the replicas
@@ -266,7 +270,8 @@ class Router:
         with self._lock:
             slot = self._replicas.slot(name)
             if slot is not None:
-                self._gauges.observe(slot, gauges, self._replicas[slot].kv_tokens, self._clock())
+                self.engine_caches.told_size(slot, gauges, self._models.values())
+                self._gauges.observe(slot, gauges, self.engine_caches.kv_tokens(slot), self._clock())
 
     def set_health(self, name: str, ok: bool) -> None:
         """A probe's verdict on a replica. Unhealthy ones are chosen only when nobody else is left."""
@@ -281,6 +286,7 @@ class Router:
             slot = self._replicas.slot(name)
             if slot is not None:
                 self._counters["forgotten_caches"] += 1
+                self.engine_caches.restarted(slot)
                 for model in self._models.values():
                     model.index.forget(slot)
 
@@ -288,10 +294,11 @@ class Router:
         """Replace the fleet. A replica whose name and url stay keeps its state; open flights end normally."""
         with self._lock:
             removed = self._replicas.replace(replicas, set(self._flights.open_per_slot()))
+            self.engine_caches.remove(removed)
             for model in self._models.values():
                 for slot in removed:
                     model.remove(slot)
-                self._size_index(model)
+                self.engine_caches.size(model)
             self.settings = self.settings.model_copy(update={"replicas": list(replicas)})
 
     def reconfigure(self, settings: Settings) -> None:
@@ -302,7 +309,7 @@ class Router:
         Raises:
             SettingsError: a tokenizer or chat template cannot be read; nothing has changed then.
         """
-        same_prompts = _prepared_by(settings) == _prepared_by(self.settings)
+        same_prompts = prepared_by(settings) == prepared_by(self.settings)
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
@@ -348,16 +355,14 @@ class Router:
             if model is None:
                 if len(self._models) >= MAX_MODELS:
                     self._replicas.drop_table(self._models.popitem()[1])
-                block_tokens = self.settings.model_settings(name).block_tokens or self.settings.block_tokens
-                model = ModelState(block_tokens, self._secret, self.settings.rates)
+                model = ModelState(self._block_tokens(name), self._secret, self.settings.rates)
                 self._replicas.add_table(model)
-                self._size_index(model)
+                self.engine_caches.size(model)
                 self._models[name] = model
             return model
 
-    def _size_index(self, model: ModelState) -> None:
-        for slot in self._replicas.slots:
-            model.set_capacity(slot, self._replicas[slot].kv_tokens)
+    def _block_tokens(self, model: str) -> int:
+        return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
 
     def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> SlotArray:
         excluded = {self._replicas.slot(name) for name in exclude}
@@ -379,7 +384,7 @@ class Router:
         flights.release_unstreamed(now)
         scale = 1.0 if prompt.exact else model.scale
         tokens = len(prompt.tokens) * scale
-        held = model.index.match(hashes)
+        held = self.engine_caches.held(prompt, model, hashes)
         cached = np.array(
             [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
         )
@@ -436,8 +441,10 @@ class Router:
             predicted_ms=network_ms + float(view.queue_ms[row] + view.prefill_ms[row]),
             hashes=hashes,
             credit=model.index.credit(slot, hashes),
+            tellable=prompt.exact and not prompt.cache_key,
         )
         self._flights.open(flight)
+        self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 
     def _decision(self, request: str, flight_id: int, slots: SlotArray, view: View, choice: Choice) -> Decision:
@@ -463,6 +470,7 @@ class Router:
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
+            self.engine_caches.answered(flight)
             self._learn(flight)
         elif flight.first_token_s is None and flight.credit is not None:
             self._model(flight.model).index.revoke(flight.credit)
@@ -481,13 +489,6 @@ class Router:
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
             self.sweep()
-
-
-def _prepared_by(settings: Settings) -> tuple[Any, ...]:
-    """The settings a `PromptBuilder` is built from."""
-    prepare = settings.prepare
-    shape = (settings.tokenizer, settings.chat_template, settings.models)
-    return (*shape, prepare.cache_bytes, prepare.image_tokens)
 
 
 def _affinity(prompt: Prompt) -> bytes:

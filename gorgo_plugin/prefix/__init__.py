@@ -1,6 +1,17 @@
-"""Which replica holds how much of a prompt: block hashes and the bounded index over them."""
+"""Which replica holds how much of a prompt: block hashes, the bounded index over them, and the engines' own word."""
 
 from gorgo_plugin.prefix.blocks import HASH_BYTES, BlockHasher
+from gorgo_plugin.prefix.engine_blocks import AllBlocksCleared, BlockRemoved, BlockStored, EngineBlocks, KvEvent
 from gorgo_plugin.prefix.index import Credit, PrefixIndex
 
-__all__ = ["HASH_BYTES", "BlockHasher", "Credit", "PrefixIndex"]
+__all__ = [
+    "HASH_BYTES",
+    "AllBlocksCleared",
+    "BlockHasher",
+    "BlockRemoved",
+    "BlockStored",
+    "Credit",
+    "EngineBlocks",
+    "KvEvent",
+    "PrefixIndex",
+]
