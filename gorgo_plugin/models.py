@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -31,10 +31,14 @@ class Found:
     Attributes:
         blocks: leading blocks of the prompt by slot, shape (replicas,); the answer before it is not counted.
         answers: by slot, of the replicas that gave the answer from which the prompt goes on: its blocks come on top.
+        told: leading blocks by the engine's own word, by slot, where there is one.
+        exact: slots for which that is all that counts.
     """
 
     blocks: FloatArray
     answers: Mapping[int, Answer]
+    told: Mapping[int, int] = field(default_factory=dict)
+    exact: Set[int] = frozenset()
 
     def answer_blocks(self, slot: int) -> int:
         """Blocks of the answer that a replica gave right before this prompt; 0 where it gave none."""
@@ -95,10 +99,14 @@ class ModelState:
         vLLM and SGLang compute the last token of every prompt anew.
         """
         blocks = found.blocks
-        if found.answers and self.keeps_answers:
+        if found.answers or found.exact or found.told:
             blocks = blocks.copy()
-            for slot, answer in found.answers.items():
+            for slot, answer in found.answers.items() if self.keeps_answers else ():
                 blocks[slot] += answer.blocks
+            for slot in found.exact:
+                blocks[slot] = 0
+            for slot, told in found.told.items():
+                blocks[slot] = max(blocks[slot], told)
         cached = np.minimum(blocks, max(own_tokens - 1, 0) // self.block_tokens)
         cached *= self.block_tokens * scale
         return cached

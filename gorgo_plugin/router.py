@@ -18,11 +18,13 @@ from cachetools import LRUCache, TTLCache
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.engine_caches import EngineCaches
 from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder
+from gorgo_plugin.prompt.builder import prepared_by
 from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
@@ -74,13 +76,13 @@ class Router:
         self._gauges = GaugeTable()
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
+        self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
         self._models: LRUCache[str, ModelState] = LRUCache(MAX_MODELS)
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
-        self._state = State(
-            self._replicas, self._latency, self._flights, self._gauges, self._health, self._models, self._model
-        )
+        tables = (self._latency, self._flights, self._gauges, self._health, self._models, self._model)
+        self._state = State(self._replicas, *tables, self.engine_caches)
         self._swept_s = clock()
         self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
         self.set_replicas(settings.replicas)
@@ -125,7 +127,7 @@ class Router:
             if attempts:
                 self._release(attempts[-1][0], now, answered=False)
             among = self._candidates(prompt, candidates, exclude)
-            found = model.look_up(prompt.tokens, hashes, self._replicas.rows)
+            found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._view(prompt, model, found, among, now, self._rng)
             choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
             flight_id, slot = next(self._flight_ids), among.slots[choice.row]
@@ -149,7 +151,7 @@ class Router:
             among = self._candidates(prompt, candidates, exclude)
             rng = random.Random()
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
-            found = model.look_up(prompt.tokens, hashes, self._replicas.rows)
+            found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._view(prompt, model, found, among, now, rng)
             choice = pick(self._policy, view, self._tiers(among, (), now), rng)
             return self._decision("", 0, among.slots[choice.row], view, choice)
@@ -197,6 +199,7 @@ class Router:
                     self._note_answer(flight)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
+            self.engine_caches.reported(flight.slot)
             if flight.credit is not None:
                 model.learn_cached(flight, int(cached_tokens / scale) // model.block_tokens)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
@@ -254,6 +257,7 @@ class Router:
             self._health.dispatched(slot, flight_id, now)
             flight.credit = model.index.credit(slot, flight.hashes)
             flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
+            self.engine_caches.dispatched(flight)
             flight.learned = True  # its times span two replicas
 
     # What is known of the replicas
@@ -270,7 +274,8 @@ class Router:
         with self._lock:
             slot = self._replicas.slot(name)
             if slot is not None:
-                self._gauges.observe(slot, gauges, self._replicas[slot].kv_tokens, self._clock())
+                self.engine_caches.told_size(slot, gauges, self._models.values())
+                self._gauges.observe(slot, gauges, self.engine_caches.kv_tokens(slot), self._clock())
 
     def set_health(self, name: str, ok: bool) -> None:
         """A probe's verdict on a replica. Unhealthy ones are chosen only when nobody else is left."""
@@ -285,6 +290,7 @@ class Router:
             slot = self._replicas.slot(name)
             if slot is not None:
                 self._counters["forgotten_caches"] += 1
+                self.engine_caches.restarted(slot)
                 for model in self._models.values():
                     model.index.forget(slot)
 
@@ -292,10 +298,11 @@ class Router:
         """Replace the fleet. A replica whose name and url stay keeps its state; open flights end normally."""
         with self._lock:
             removed = self._replicas.replace(replicas, set(self._flights.open_per_slot()))
+            self.engine_caches.remove(removed)
             for model in self._models.values():
                 for slot in removed:
                     model.remove(slot)
-                self._size_index(model)
+                self.engine_caches.size(model)
             self.settings = self.settings.model_copy(update={"replicas": list(replicas)})
 
     def reconfigure(self, settings: Settings) -> None:
@@ -306,7 +313,7 @@ class Router:
         Raises:
             SettingsError: a tokenizer or chat template cannot be read; nothing has changed then.
         """
-        same_prompts = _prepared_by(settings) == _prepared_by(self.settings)
+        same_prompts = prepared_by(settings) == prepared_by(self.settings)
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
@@ -352,16 +359,14 @@ class Router:
             if model is None:
                 if len(self._models) >= MAX_MODELS:
                     self._replicas.drop_table(self._models.popitem()[1])
-                block_tokens = self.settings.model_settings(name).block_tokens or self.settings.block_tokens
-                model = ModelState(block_tokens, self._secret, self.settings.rates)
+                model = ModelState(self._block_tokens(name), self._secret, self.settings.rates)
                 self._replicas.add_table(model)
-                self._size_index(model)
+                self.engine_caches.size(model)
                 self._models[name] = model
             return model
 
-    def _size_index(self, model: ModelState) -> None:
-        for slot in self._replicas.slots:
-            model.set_capacity(slot, self._replicas[slot].kv_tokens)
+    def _block_tokens(self, model: str) -> int:
+        return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
 
     def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> Candidates:
         replicas = self._replicas
@@ -444,8 +449,10 @@ class Router:
             rest=prompt.tokens[len(prompt.tokens) // model.block_tokens * model.block_tokens :].copy(),
             hashes=hashes,
             credit=model.credit(slot, hashes, found),
+            tellable=prompt.exact and not prompt.cache_key,
         )
         self._flights.open(flight)
+        self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 
     def _decision(self, request: str, flight_id: int, slot: int, view: View, choice: Choice) -> Decision:
@@ -469,6 +476,7 @@ class Router:
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
+            self.engine_caches.answered(flight)
             self._learn(flight)
         if flight.credit is not None:
             index = self._model(flight.model).index
@@ -496,13 +504,6 @@ class Router:
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
             self.sweep()
-
-
-def _prepared_by(settings: Settings) -> tuple[Any, ...]:
-    """The settings a `PromptBuilder` is built from."""
-    prepare = settings.prepare
-    shape = (settings.tokenizer, settings.chat_template, settings.block_tokens, settings.models)
-    return (*shape, prepare.cache_bytes, prepare.image_tokens)
 
 
 def _affinity(prompt: Prompt) -> bytes:

@@ -253,10 +253,17 @@ class PrefixIndex:
         oldest = next((tick for end, tick in credit.stamps if end > cached_blocks), None)
         if oldest is None:
             return 0
-        bit, before = credit.bit, self._held[credit.bit]
-        heap = self._heaps[bit]
-        while heap and heap[0][0] <= oldest:
-            self._evict_one(bit, before, oldest)
+        return self._forget_until(credit.bit, oldest)
+
+    def expire(self, replica: int, tick: int) -> int:
+        """Forget what `replica` last used no later than the credit of that tick; returns the number of blocks."""
+        bit = self._bit_of.get(replica)
+        return 0 if bit is None else self._forget_until(bit, tick)
+
+    def _forget_until(self, bit: int, tick: int) -> int:
+        before, heap = self._held[bit], self._heaps[bit]
+        while heap and heap[0][0] <= tick:
+            self._evict_one(bit, before, tick)
         return before - self._held[bit]
 
     def would_keep(self, credit: Credit, hashes: bytes) -> int:

@@ -289,3 +289,10 @@ def _token_ids(item: Sequence[Any], field: str) -> Ids:
         return token_array(item)
     except PromptError as error:
         raise PromptError(f"{field}: {str(error).removeprefix('tokens: ')}") from None
+
+
+def prepared_by(settings: Settings) -> tuple[Any, ...]:
+    """The settings a `PromptBuilder` is built from."""
+    prepare = settings.prepare
+    shape = (settings.tokenizer, settings.chat_template, settings.block_tokens, settings.models)
+    return (*shape, prepare.cache_bytes, prepare.image_tokens)

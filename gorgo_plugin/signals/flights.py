@@ -58,6 +58,7 @@ class Flight:
     learned: bool = False  # its times have been learned from, or must not be
     usage_seen: bool = False
     output_tokens: float | None = None  # as the engine reported, in own tokens
+    tellable: bool = False  # its ids are the engine's own, so the engine's word on its blocks can be understood
     learned_uncached_tokens: float | None = None  # as the engine reported
 
     @property
