@@ -17,8 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gorgo_plugin.decision import Prompt
-from gorgo_plugin.fleet.engine import Engine, EngineProfile, EngineRequest, Event, Finished, FirstToken
+from gorgo_plugin.fleet.engine import (
+    CacheChange,
+    Engine,
+    EngineProfile,
+    EngineRequest,
+    Event,
+    Finished,
+    FirstToken,
+    Removed,
+)
 from gorgo_plugin.fleet.network import Network
+from gorgo_plugin.prefix import BlockRemoved, BlockStored, KvEvent
 from gorgo_plugin.router import Router
 from gorgo_plugin.settings import Settings
 
@@ -45,12 +55,14 @@ class ReplayRequest:
 
     Attributes:
         at_s: arrival, seconds from the start.
+        prompt_tokens: tokens of the prompt.
         output_tokens: tokens to generate.
-        tokens: () -> token ids of the prompt, uint32, shape (n,).
+        tokens: () -> token ids of prompt and answer together, uint32, shape (prompt_tokens + output_tokens,).
         blocks: () -> the engine's keys of the full blocks of prompt and answer together.
     """
 
     at_s: float
+    prompt_tokens: int
     output_tokens: int
     tokens: Callable[[], NDArray[np.uint32]]
     blocks: Callable[[], Sequence[int]]
@@ -80,6 +92,16 @@ class Served:
     ttft_ms: float = math.nan
 
 
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A request that was dispatched and not answered yet."""
+
+    flight_id: int
+    served: Served
+    blocks: Sequence[int]
+    tokens: NDArray[np.uint32]
+
+
 @dataclass(slots=True)
 class _Site:
     """One replica in the replay."""
@@ -87,7 +109,7 @@ class _Site:
     name: str
     network: Network
     engine: Engine
-    under_way: dict[int, tuple[int, Served]] = field(default_factory=dict)  # request -> flight, outcome
+    under_way: dict[int, _UnderWay] = field(default_factory=dict)  # by number of the request
 
 
 class Replay:
@@ -97,21 +119,29 @@ class Replay:
         settings: of the router; its replicas must be named like `replicas`.
         replicas: the engines.
         usage: whether answers end with the engine's usage, as `stream_options.include_usage` asks for.
+        kv_events: whether the engines publish what they store and evict.
         seed: seeds the engines and the networks.
     """
 
     def __init__(
-        self, settings: Settings, replicas: Sequence[ReplayReplica], *, usage: bool = True, seed: int = 0
+        self,
+        settings: Settings,
+        replicas: Sequence[ReplayReplica],
+        *,
+        usage: bool = True,
+        kv_events: bool = False,
+        seed: int = 0,
     ) -> None:
         self._now = 0.0
         self.router = Router(settings, clock=lambda: self._now)
         self._usage = usage
+        self._kv_events = kv_events
         self._probe_every_s = settings.probe.interval_s
         self._sites = [
             _Site(
                 replica.name,
                 Network(replica.rtt_ms, replica.jitter_ms, random.Random(seed * len(replicas) + number)),
-                Engine(replica.profile, seed * len(replicas) + number),
+                Engine(replica.profile, seed * len(replicas) + number, tells_cache=kv_events),
             )
             for number, replica in enumerate(replicas)
         ]
@@ -127,6 +157,8 @@ class Replay:
         self._arrive_next(coming)
         for site in self._sites:
             self._at(0.0, self._probe, site)
+            if self._kv_events:
+                self.router.engine_caches.observe(site.name, (), from_start=True)
         while self._open:
             self._advance(self._queue[0][0])
             self._now, _, action, arguments = heapq.heappop(self._queue)
@@ -150,7 +182,23 @@ class Replay:
                 return
             for event in site.engine.advance(at_s):
                 self._at(event.at_s + site.network.one_way_s(), self._answer, site, event)
+            if self._kv_events:
+                self._tell(site, at_s)
             limit_s = min(limit_s, self._queue[0][0])
+
+    def _tell(self, site: _Site, at_s: float) -> None:
+        """Publish what changed in the cache up to the end of a step."""
+        events = [self._kv_event(site, change) for change in site.engine.cache_changes()]
+        if events:
+            self._at(at_s + site.network.one_way_s(), self.router.engine_caches.observe, site.name, events)
+
+    def _kv_event(self, site: _Site, change: CacheChange) -> KvEvent:
+        if isinstance(change, Removed):
+            return BlockRemoved(change.keys)
+        request, size = site.under_way[int(str(change.id))], site.engine.profile.block_tokens
+        parent = request.blocks[change.first - 1] if change.first else None
+        tokens = request.tokens[change.first * size : (change.first + len(change.keys)) * size]
+        return BlockStored(change.keys, parent, tokens, size)
 
     def _arrive_next(self, coming: enumerate[ReplayRequest]) -> None:
         for index, request in coming:
@@ -159,20 +207,23 @@ class Replay:
             return
 
     def _arrive(self, index: int, request: ReplayRequest) -> None:
-        prompt = Prompt(tokens=request.tokens())
-        decision = self.router.route(prompt)
+        tokens, blocks = request.tokens(), request.blocks()
+        decision = self.router.route(Prompt(tokens=tokens[: request.prompt_tokens]))
         cost = decision.costs[decision.replica]
-        served = Served(index, self._now, decision.replica, len(prompt), cost.cached_tokens, cost.predicted_ttft_ms)
+        served = Served(
+            index, self._now, decision.replica, request.prompt_tokens, cost.cached_tokens, cost.predicted_ttft_ms
+        )
         site = self._by_name[decision.replica]
-        site.under_way[index] = decision.flight_id, served
-        engine_request = EngineRequest(index, len(prompt), request.output_tokens, request.blocks())
+        site.under_way[index] = _UnderWay(decision.flight_id, served, blocks, tokens)
+        engine_request = EngineRequest(index, request.prompt_tokens, request.output_tokens, blocks)
         self._at(self._now + site.network.one_way_s(), self._submit, site, engine_request)
 
     def _submit(self, site: _Site, request: EngineRequest) -> None:
         site.engine.submit(request, self._now)
 
     def _answer(self, site: _Site, event: Event) -> None:
-        flight_id, served = site.under_way[int(str(event.id))]
+        request = site.under_way[int(str(event.id))]
+        flight_id, served = request.flight_id, request.served
         if isinstance(event, FirstToken):
             served.cached_tokens = event.cached_tokens
             served.ttft_ms = (self._now - served.at_s) * 1e3

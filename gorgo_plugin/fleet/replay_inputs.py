@@ -21,16 +21,17 @@ _COMMON_SHARE = 0.01
 
 def conversation_requests(requests: Sequence[WorkloadRequest], block_tokens: int) -> list[ReplayRequest]:
     """Generated conversations. A turn's prompt holds the answers before it, so their blocks are found again."""
-    return [
-        ReplayRequest(
-            request.at_s, request.output_tokens, request.token_ids, partial(_conversation_blocks, request, block_tokens)
-        )
-        for request in requests
-    ]
+    return [_conversation_request(request, block_tokens) for request in requests]
 
 
-def _conversation_blocks(request: WorkloadRequest, block_tokens: int) -> list[int]:
-    return block_keys(np.concatenate([request.token_ids(), request.reply().ids]), block_tokens)
+def _conversation_request(request: WorkloadRequest, block_tokens: int) -> ReplayRequest:
+    def tokens() -> NDArray[np.uint32]:
+        return np.concatenate([request.token_ids(), request.reply().ids])
+
+    def blocks() -> list[int]:
+        return block_keys(tokens(), block_tokens)
+
+    return ReplayRequest(request.at_s, len(request.token_ids()), request.output_tokens, tokens, blocks)
 
 
 def trace_requests(records: Sequence[TraceRecord], stretch: float, block_tokens: int) -> list[ReplayRequest]:
@@ -43,8 +44,9 @@ def trace_requests(records: Sequence[TraceRecord], stretch: float, block_tokens:
     return [
         ReplayRequest(
             (record.at_ms - start_ms) * stretch / 1e3,
+            record.input_tokens,
             record.output_tokens,
-            partial(_trace_tokens, path, record.input_tokens),
+            partial(_trace_tokens, path, record.input_tokens + record.output_tokens),
             partial(finer_keys, path, record.input_tokens + record.output_tokens, BLOCK_TOKENS, block_tokens),
         )
         for record, path in zip(records, block_paths(records), strict=True)
