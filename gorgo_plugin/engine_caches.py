@@ -11,12 +11,12 @@ is priced by credit, as if it told nothing.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gorgo_plugin.decision import Prompt
+from gorgo_plugin.decision import VERDICTS, Prompt, verdict_on
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.prefix import AllBlocksCleared, EngineBlocks, KvEvent, PrefixIndex
 from gorgo_plugin.replicas import Replicas
@@ -118,7 +118,7 @@ class EngineCaches:
         self._replicas, self._block_tokens = replicas, block_tokens
         self._groups: dict[tuple[int, str | None], _Group] = {}
         self._sources: dict[int, _Source] = {}
-        self._reporting: set[int] = set()  # slots whose engines report cached tokens
+        self._estimates: dict[int, Counter[str]] = {}  # slot -> verdicts on what its engine reported as cached
         self._told: dict[int, tuple[int, int | None]] = {}  # slot -> tokens of its cache, tokens of its blocks
 
     # What a client of KV events reports
@@ -241,9 +241,10 @@ class EngineCaches:
         elif source.trial[0] <= now:
             self._try(flight.slot, source, now)
 
-    def reported(self, slot: int) -> None:
-        """The engine reported cached tokens."""
-        self._reporting.add(slot)
+    def reported(self, flight: Flight, cached_tokens: int, block_tokens: int) -> None:
+        """The engine reported how much of the flight's prompt it had cached."""
+        verdict = verdict_on(flight.cached_tokens, cached_tokens, block_tokens)
+        self._estimates.setdefault(flight.slot, Counter(dict.fromkeys(VERDICTS, 0)))[verdict] += 1
 
     def restarted(self, slot: int) -> None:
         """The engine was restarted, unless its events have shown that already."""
@@ -257,7 +258,7 @@ class EngineCaches:
             source = self._sources.pop(slot, None)
             if source is not None:
                 self._drop(slot, source)
-            self._reporting.discard(slot)
+            self._estimates.pop(slot, None)
             self._told.pop(slot, None)
 
     def told_size(self, slot: int, gauges: EngineGauges, models: Iterable[ModelState]) -> None:
@@ -285,7 +286,8 @@ class EngineCaches:
         """What is believed of one replica's cache, and on whose word, as plain data."""
         kv_tokens, block_tokens = self._told.get(slot, (None, None))
         shown: dict[str, Any] = {
-            "source": "usage" if slot in self._reporting else "credit",
+            "source": "usage" if slot in self._estimates else "credit",
+            "estimates": dict(self._estimates.get(slot, {})) or None,
             "engine_kv_tokens": kv_tokens,
             "engine_block_tokens": block_tokens,
             "events": None,

@@ -199,7 +199,7 @@ class Router:
                     self._note_answer(flight)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
-            self.engine_caches.reported(flight.slot)
+            self.engine_caches.reported(flight, cached_tokens, model.block_tokens)
             if flight.credit is not None:
                 model.learn_cached(flight, int(cached_tokens / scale) // model.block_tokens)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))

@@ -112,7 +112,7 @@ def bench_envoy(rounds: int, out: Path) -> None:
 @click.option("--trace", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Mooncake-format file.")
 @click.option("--requests", type=click.IntRange(10), help="First requests replayed; without it 2000, of a trace all.")
 @click.option(
-    "--kv-tokens", type=click.IntRange(1), help="Cache of each engine; without it 150000, of a trace 2000000."
+    "--kv-tokens", type=click.IntRange(1), help="Cache of each engine; without it 300000, of a trace 2000000."
 )
 @click.option("--time-scale", default=2.0, type=click.FloatRange(0.1, 100), help="Stretches a trace's arrivals.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seeds workload, engines and networks.")
@@ -141,11 +141,11 @@ def bench_accuracy(
     console = Console()
     block_tokens = PROFILES["linear"].block_tokens
     if trace is None:
-        workload = conversations(seed, ConversationSettings(requests=requests or 2000))
+        workload = conversations(seed, ConversationSettings(requests or 2000, rate_per_s=3.0, turns=8.0, think_s=60.0))
         coming = conversation_requests(workload, block_tokens)
     else:
         coming = trace_requests(read_trace(trace), time_scale, block_tokens)[:requests]
-    room = kv_tokens or (150_000 if trace is None else 2_000_000)
+    room = kv_tokens or (300_000 if trace is None else 2_000_000)
     with console.status("starting") as status:
         rows = bench(coming, room, seed=seed, say=status.update)
     table = Table(title=f"Estimated against true cached tokens, caches of {room:,} tokens, {len(coming):,} requests")
