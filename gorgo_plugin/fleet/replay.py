@@ -92,14 +92,15 @@ class Served:
     ttft_ms: float = math.nan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _UnderWay:
-    """A request that was dispatched and not answered yet."""
+    """A request that was dispatched and not answered yet; `latest_s` is when what came last of it arrives."""
 
     flight_id: int
     served: Served
     blocks: Sequence[int]
     tokens: NDArray[np.uint32]
+    latest_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -110,6 +111,11 @@ class _Site:
     network: Network
     engine: Engine
     under_way: dict[int, _UnderWay] = field(default_factory=dict)  # by number of the request
+    told_s: float = 0.0  # when the last KV events arrive
+
+    def way_back(self, sent_s: float, latest_s: float) -> float:
+        """When what is sent at `sent_s` arrives: not before what went the same way earlier and arrives at `latest_s`."""
+        return max(sent_s + self.network.one_way_s(), latest_s)
 
 
 class Replay:
@@ -181,7 +187,9 @@ class Replay:
             if at_s > limit_s:
                 return
             for event in site.engine.advance(at_s):
-                self._at(event.at_s + site.network.one_way_s(), self._answer, site, event)
+                request = site.under_way[int(str(event.id))]
+                request.latest_s = site.way_back(event.at_s, request.latest_s)
+                self._at(request.latest_s, self._answer, site, request, event)
             if self._kv_events:
                 self._tell(site, at_s)
             limit_s = min(limit_s, self._queue[0][0])
@@ -190,7 +198,8 @@ class Replay:
         """Publish what changed in the cache up to the end of a step."""
         events = [self._kv_event(site, change) for change in site.engine.cache_changes()]
         if events:
-            self._at(at_s + site.network.one_way_s(), self.router.engine_caches.observe, site.name, events)
+            site.told_s = site.way_back(at_s, site.told_s)
+            self._at(site.told_s, self.router.engine_caches.observe, site.name, events)
 
     def _kv_event(self, site: _Site, change: CacheChange) -> KvEvent:
         if isinstance(change, Removed):
@@ -221,8 +230,7 @@ class Replay:
     def _submit(self, site: _Site, request: EngineRequest) -> None:
         site.engine.submit(request, self._now)
 
-    def _answer(self, site: _Site, event: Event) -> None:
-        request = site.under_way[int(str(event.id))]
+    def _answer(self, site: _Site, request: _UnderWay, event: Event) -> None:
         flight_id, served = request.flight_id, request.served
         if isinstance(event, FirstToken):
             served.cached_tokens = event.cached_tokens
