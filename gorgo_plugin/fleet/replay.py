@@ -114,7 +114,7 @@ class _Site:
     told_s: float = 0.0  # when the last KV events arrive
 
     def way_back(self, sent_s: float, latest_s: float) -> float:
-        """When what is sent at `sent_s` arrives: not before what went the same way earlier and arrives at `latest_s`."""
+        """When what is sent at `sent_s` arrives: not before what was sent earlier and arrives at `latest_s`."""
         return max(sent_s + self.network.one_way_s(), latest_s)
 
 
