@@ -121,7 +121,7 @@ def summarise(source: str, served: Sequence[Served], block_tokens: int, wall_s: 
         cached_share=float(cached.sum() / total),
         error_share=float(np.abs(error).sum() / total),
         over_share=float(error.clip(min=0).sum() / total),
-        under_share=float(-error.clip(max=0).sum() / total),
+        under_share=float((-error).clip(min=0).sum() / total),
         mean_ratio=float(ratios.mean()),
         p95_ratio=float(np.percentile(ratios, 95)),
         within_block=float((np.abs(error) <= block_tokens).mean()),
