@@ -19,6 +19,16 @@ MAX_TOKEN_ID = 2**32 - 1  # token ids are held as uint32; the largest vocabulari
 _NOT_IDS = "tokens: expected whole numbers from 0 to 2**32 - 1"
 
 
+VERDICTS = ("within-block", "over", "under")
+
+
+def verdict_on(estimated_tokens: float, reported_tokens: int, block_tokens: int) -> str:
+    """How an estimate of cached tokens stands against what the engine reported: one of `VERDICTS`."""
+    if abs(estimated_tokens - reported_tokens) <= block_tokens:
+        return VERDICTS[0]
+    return VERDICTS[1] if estimated_tokens > reported_tokens else VERDICTS[2]
+
+
 def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
     """Return token ids as a read-only uint32 array of shape (n,).
 

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gorgo_plugin.decision import Prompt
-from gorgo_plugin.prefix import Credit, PrefixIndex, block_hasher
+from gorgo_plugin.prefix import Answer, Credit, PrefixIndex, block_hasher
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals import RateTable
+from gorgo_plugin.signals import Flight, RateTable
 from gorgo_plugin.signals.columns import FloatArray
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
 SCALE_STEP = 0.02  # a change below this is not worth re-sizing the index
+ANSWER_WINDOW = 15  # reports that decide whether next turns hold the answers as they were generated; odd
+MAX_SHRINK, MAX_GROWTH = 0.9, 1.25  # of a capacity, per report: one of them may mislead
+MAX_CAPACITY = 4.0  # times what was told: bounds the index whatever engines report
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the replicas hold of one prompt.
+
+    Attributes:
+        blocks: leading blocks of the prompt by slot, shape (replicas,); the answer before it is not counted.
+        answers: by slot, of the replicas that gave the answer from which the prompt goes on: its blocks come on top.
+        told: leading blocks by the engine's own word, by slot, where there is one.
+        exact: slots for which that is all that counts.
+    """
+
+    blocks: FloatArray
+    answers: Mapping[int, Answer]
+    told: Mapping[int, int] = field(default_factory=dict)
+    exact: Set[int] = frozenset()
+
+    def answer_blocks(self, slot: int) -> int:
+        """Blocks of the answer that a replica gave right before this prompt; 0 where it gave none."""
+        answer = self.answers.get(slot)
+        return 0 if answer is None else answer.blocks
 
 
 class ModelState:
@@ -27,6 +56,7 @@ class ModelState:
         self.rates = RateTable(prior)
         self.scale = 1.0
         self._ratios: deque[float] = deque(maxlen=SCALE_WINDOW)
+        self._answers_kept: deque[bool] = deque(maxlen=ANSWER_WINDOW)
         self._kv_tokens: dict[int, int] = {}
         self._sized_for = 1.0
 
@@ -37,10 +67,12 @@ class ModelState:
     def reset(self, slot: int) -> None:
         """Forget all about one replica."""
         self.rates.reset(slot)
-        self.index.remove(slot)
+        self.remove(slot)
 
     def set_capacity(self, slot: int, kv_tokens: int) -> None:
-        """Let the index believe that a replica keeps `kv_tokens` engine tokens."""
+        """Let the index believe that a replica keeps `kv_tokens` engine tokens, until its reports show otherwise."""
+        if self._kv_tokens.get(slot) == kv_tokens:
+            return
         self._kv_tokens[slot] = kv_tokens
         self.index.set_capacity(slot, self._blocks(kv_tokens))
 
@@ -55,14 +87,48 @@ class ModelState:
             return prompt.blocks.hashes
         return self.hasher.hashes(prompt.tokens, prompt.cache_key)
 
-    def cached_tokens(self, hashes: bytes, own_tokens: int, scale: float, replicas: int) -> FloatArray:
+    def rest(self, prompt: Prompt) -> NDArray[np.uint32]:
+        """The token ids behind a prompt's last full block."""
+        return prompt.tokens[len(prompt.tokens) // self.block_tokens * self.block_tokens :].copy()
+
+    def look_up(self, tokens: NDArray[np.uint32], hashes: bytes, replicas: int) -> Found:
+        """Find a prompt in the index: its tokens, shape (n,), and the hashes of its full blocks."""
+        walk = self.index.walk(hashes)
+        answers = self.index.answers_before(hashes, walk, partial(self.hasher.tail, tokens))
+        return Found(self.index.spread(walk, replicas), answers)
+
+    def cached_tokens(self, found: Found, own_tokens: int, scale: float) -> FloatArray:
         """Engine tokens that what each replica holds saves a prompt, shape (replicas,): never its last token.
 
         vLLM and SGLang compute the last token of every prompt anew.
         """
-        blocks = np.minimum(self.index.blocks(hashes, replicas), max(own_tokens - 1, 0) // self.block_tokens)
-        blocks *= self.block_tokens * scale
-        return blocks
+        blocks = found.blocks
+        if found.answers or found.exact or found.told:
+            blocks = blocks.copy()
+            for slot, answer in found.answers.items() if self.keeps_answers else ():
+                blocks[slot] += answer.blocks
+            for slot in found.exact:
+                blocks[slot] = 0
+            for slot, told in found.told.items():
+                blocks[slot] = max(blocks[slot], told)
+        cached = np.minimum(blocks, max(own_tokens - 1, 0) // self.block_tokens)
+        cached *= self.block_tokens * scale
+        return cached
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether the last reports found the blocks of answers again: a template may drop reasoning from a chat."""
+        return 2 * sum(self._answers_kept) >= len(self._answers_kept)
+
+    def credit(self, slot: int, hashes: bytes, found: Found) -> Credit:
+        """Note that a prompt is about to be at a replica, and what it shows of the answers before it."""
+        return self.index.credit(slot, hashes, found.answers.values() if self.keeps_answers else ())
+
+    def answered(self, credit: Credit, rest: NDArray[np.uint32], output_tokens: float) -> None:
+        """Note what an answer of `output_tokens` own tokens adds behind its prompt, whose last tokens are `rest`."""
+        # The last token is never fed back, so an engine has no key and value of it.
+        blocks = int(len(rest) + output_tokens - 1) // self.block_tokens
+        self.index.answered(credit, blocks, self.hasher.tail(rest, 0, len(rest)), len(rest))
 
     def scale_of(self, prompt: Prompt) -> float:
         """What a prompt's own count is multiplied by."""
@@ -94,15 +160,35 @@ class ModelState:
             for slot, kv_tokens in self._kv_tokens.items():
                 self.index.set_capacity(slot, self._blocks(kv_tokens))
 
-    def correct(self, credit: Credit, estimated_tokens: float, reported_tokens: int, scale: float, exact: bool) -> int:
-        """Compare what the engine found cached with the estimate; returns the blocks forgotten.
+    def learn_cached(self, flight: Flight, reported_blocks: int) -> None:
+        """Compare what the engine found cached with what was believed, and let the index follow it.
 
-        One block is tolerated, for an exact prompt; with a scaled count a tenth besides, because the scale is a mean.
+        Less: the engine evicted that and all that is older, so it holds no more than what is newer. More: it kept what
+        was thought evicted, so it holds at least all that was used since. One block is tolerated, and of a prompt that
+        is not exact a tenth besides, because its scale is a mean.
         """
-        tolerated = self.block_tokens * scale + (0.0 if exact else 0.1 * estimated_tokens)
-        if estimated_tokens - reported_tokens <= tolerated:
-            return 0
-        return self.index.correct(credit, int(reported_tokens / scale) // self.block_tokens)
+        credit, path = flight.credit, min(flight.path_blocks, max(flight.own_tokens - 1, 0) // self.block_tokens)
+        if credit is None:
+            return
+        tolerated = 1 + (0 if flight.exact else path // 10)
+        if path - reported_blocks > tolerated:
+            if self.index.correct(credit, reported_blocks):
+                self._resize(credit.replica, self.index.held_blocks(credit.replica))
+            return
+        if flight.answer_blocks > 1:  # a shortfall of these alone may be the template's doing, and evicts nothing
+            self._answers_kept.append(reported_blocks - path > flight.answer_blocks // 2)
+        elif reported_blocks - path > tolerated:
+            needed = self.index.would_keep(credit, flight.hashes)
+            if needed > self.index.capacity(credit.replica):
+                self._resize(credit.replica, needed)
+
+    def _resize(self, slot: int, blocks: int) -> None:
+        capacity = self.index.capacity(slot)
+        least, most = int(capacity * MAX_SHRINK), min(capacity * MAX_GROWTH, self._told(slot) * MAX_CAPACITY)
+        self.index.set_capacity(slot, max(min(max(blocks, least), int(most)), 1))
+
+    def _told(self, slot: int) -> int:
+        return self._blocks(self._kv_tokens[slot])
 
     def _blocks(self, kv_tokens: int) -> int:
         return max(int(kv_tokens / (self.block_tokens * self._sized_for)), 1)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.engine_caches import EngineCaches
 from gorgo_plugin.errors import NoCandidates
-from gorgo_plugin.models import ModelState
+from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder, built_from
@@ -76,13 +77,13 @@ class Router:
         self._gauges = GaugeTable()
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
+        self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
         self._models: LRUCache[str, ModelState] = LRUCache(MAX_MODELS)
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
-        self._state = State(
-            self._replicas, self._latency, self._flights, self._gauges, self._health, self._models, self._model
-        )
+        tables = (self._latency, self._flights, self._gauges, self._health, self._models, self._model)
+        self._state = State(self._replicas, *tables, self.engine_caches)
         self._swept_s = clock()
         self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
         self.set_replicas(settings.replicas)
@@ -127,11 +128,12 @@ class Router:
             if attempts:
                 self._release(attempts[-1][0], now, answered=False)
             among = self._candidates(prompt, candidates, exclude)
-            view = self._view(prompt, model, hashes, among, now, self._rng)
+            found = self.engine_caches.look_up(prompt, model, hashes)
+            view = self._view(prompt, model, found, among, now, self._rng)
             choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
             flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
-            self._open(flight_id, request, prompt, model, hashes, slot, view, choice.row, now)
+            self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now)
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
@@ -150,7 +152,8 @@ class Router:
             among = self._candidates(prompt, candidates, exclude)
             rng = random.Random()
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
-            view = self._view(prompt, model, hashes, among, now, rng)
+            found = self.engine_caches.look_up(prompt, model, hashes)
+            view = self._view(prompt, model, found, among, now, rng)
             choice = pick(self._policy, view, self._tiers(among, (), now), rng)
             return self._decision("", 0, among.slots[choice.row], view, choice, prompt)
 
@@ -174,8 +177,11 @@ class Router:
         with self._lock:
             if self._flights.get(flight_id) is flight and flight.awaits_tokens:  # not ended meanwhile
                 flight.hashes, flight.own_tokens, flight.exact = hashes, len(prompt), exact
+                flight.rest, flight.tellable = model.rest(prompt), exact and not flight.cache_key
                 flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
+                flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
                 self._flights.recount(flight, len(prompt) * model.scale_of(prompt), cached_tokens)
+                self.engine_caches.dispatched(flight)
 
     def first_token(self, flight_id: int, at_s: float | None = None) -> None:
         """The first token of a streamed answer was seen, at `at_s` of the router's clock (now, when not given)."""
@@ -197,9 +203,9 @@ class Router:
     ) -> None:
         """What the engine says it counted; once per flight, also shortly after its release.
 
-        Corrects the index where the engine had less than believed, and the token scale of inexact prompts.
+        Corrects the index where the engine had less or more than believed, adds the answer's blocks to it, and learns
+        the token scale of inexact prompts.
         """
-        del output_tokens  # part of the API for adapters; nothing learns from it yet
         with self._lock:
             flight = self._flights.get(flight_id) or self._recent.get(flight_id)
             if flight is None or flight.usage_seen:
@@ -211,11 +217,16 @@ class Router:
             model = self._model(flight.model)
             if not flight.exact and not flight.awaits_tokens:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
+            scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
+            if output_tokens is not None and output_tokens > 0:
+                flight.output_tokens = output_tokens / scale
+                if self._flights.get(flight_id) is None:
+                    self._note_answer(flight)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
+            self.engine_caches.reported(flight, cached_tokens, model.block_tokens)
             if flight.credit is not None and not flight.awaits_tokens:
-                scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
-                model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
+                model.learn_cached(flight, int(cached_tokens / scale) // model.block_tokens)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
 
     def finish(self, flight_id: int) -> None:
@@ -270,6 +281,8 @@ class Router:
             self._flights.move(flight, slot, now)
             self._health.dispatched(slot, flight_id, now)
             flight.credit = model.index.credit(slot, flight.hashes)
+            flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
+            self.engine_caches.dispatched(flight)
             flight.learned = True  # its times span two replicas
 
     # What is known of the replicas
@@ -286,7 +299,8 @@ class Router:
         with self._lock:
             slot = self._replicas.slot(name)
             if slot is not None:
-                self._gauges.observe(slot, gauges, self._replicas[slot].kv_tokens, self._clock())
+                self.engine_caches.told_size(slot, gauges, self._models.values())
+                self._gauges.observe(slot, gauges, self.engine_caches.kv_tokens(slot), self._clock())
 
     def set_health(self, name: str, ok: bool) -> None:
         """A probe's verdict on a replica. Unhealthy ones are chosen only when nobody else is left."""
@@ -301,6 +315,7 @@ class Router:
             slot = self._replicas.slot(name)
             if slot is not None:
                 self._counters["forgotten_caches"] += 1
+                self.engine_caches.restarted(slot)
                 for model in self._models.values():
                     model.index.forget(slot)
 
@@ -308,10 +323,11 @@ class Router:
         """Replace the fleet. A replica whose name and url stay keeps its state; open flights end normally."""
         with self._lock:
             removed = self._replicas.replace(replicas, set(self._flights.open_per_slot()))
+            self.engine_caches.remove(removed)
             for model in self._models.values():
                 for slot in removed:
                     model.remove(slot)
-                self._size_index(model)
+                self.engine_caches.size(model)
             self.settings = self.settings.model_copy(update={"replicas": list(replicas)})
 
     def reconfigure(self, settings: Settings) -> None:
@@ -368,16 +384,14 @@ class Router:
             if model is None:
                 if len(self._models) >= MAX_MODELS:
                     self._replicas.drop_table(self._models.popitem()[1])
-                block_tokens = self.settings.model_settings(name).block_tokens or self.settings.block_tokens
-                model = ModelState(block_tokens, self._secret, self.settings.rates)
+                model = ModelState(self._block_tokens(name), self._secret, self.settings.rates)
                 self._replicas.add_table(model)
-                self._size_index(model)
+                self.engine_caches.size(model)
                 self._models[name] = model
             return model
 
-    def _size_index(self, model: ModelState) -> None:
-        for slot in self._replicas.slots:
-            model.set_capacity(slot, self._replicas[slot].kv_tokens)
+    def _block_tokens(self, model: str) -> int:
+        return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
 
     def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> Candidates:
         replicas = self._replicas
@@ -390,13 +404,13 @@ class Router:
         return among
 
     def _view(
-        self, prompt: Prompt, model: ModelState, hashes: bytes, among: Candidates, now: float, rng: random.Random
+        self, prompt: Prompt, model: ModelState, found: Found, among: Candidates, now: float, rng: random.Random
     ) -> View:
         flights, rows = self._flights, among.rows
         flights.release_unstreamed(now)
         scale = model.scale_of(prompt)
         tokens = len(prompt) * scale
-        cached = model.cached_tokens(hashes, len(prompt), scale, self._replicas.rows)[rows]
+        cached = model.cached_tokens(found, len(prompt), scale)[rows]
         uncached = tokens - cached
         ms_per_token = model.rates.ms_per_token(rows)
         network_ms, doubt_ms = self._latency.price_ms(rows, now)
@@ -433,6 +447,7 @@ class Router:
         prompt: Prompt,
         model: ModelState,
         hashes: bytes,
+        found: Found,
         slot: int,
         view: View,
         row: int,
@@ -454,12 +469,17 @@ class Router:
             ahead_tokens=self._flights.ahead_tokens(slot, model.rates.slot_ms_per_token(slot), now),
             network_ms=network_ms,
             predicted_ms=network_ms + view.queue_ms.item(row) + view.prefill_ms.item(row),
+            path_blocks=int(found.blocks[slot]),
+            answer_blocks=found.answer_blocks(slot),
+            rest=model.rest(prompt),
             hashes=hashes,
-            credit=model.index.credit(slot, hashes),
+            credit=model.credit(slot, hashes, found),
             awaits_tokens=prompt.estimated_tokens > 0,
             cache_key=prompt.cache_key,
+            tellable=prompt.exact and not prompt.cache_key,
         )
         self._flights.open(flight)
+        self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 
     def _decision(
@@ -487,10 +507,20 @@ class Router:
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
+            self.engine_caches.answered(flight)
             self._learn(flight)
-        elif flight.first_token_s is None and flight.credit is not None:
-            self._model(flight.model).index.revoke(flight.credit)
+        if flight.credit is not None:
+            index = self._model(flight.model).index
+            if not answered and flight.first_token_s is None:
+                index.revoke(flight.credit)
+            else:
+                index.ended(flight.credit)
+                self._note_answer(flight)
         return flight
+
+    def _note_answer(self, flight: Flight) -> None:
+        if flight.credit is not None and flight.output_tokens is not None:
+            self._model(flight.model).answered(flight.credit, flight.rest, flight.output_tokens)
 
     def _learn(self, flight: Flight) -> None:
         """Rates, from streamed answers only: of the others the first token was not seen."""

@@ -34,6 +34,17 @@ def _address(address: str) -> str:
     return _tcp_address(address)
 
 
+def _zmq_endpoint(endpoint: str) -> str:
+    """`tcp://host:port` or `ipc://path`; the host may be `*`."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme == "tcp" and rest:
+        _tcp_address(rest)
+    elif scheme != "ipc" or not rest:
+        raise ValueError("expected tcp://host:port or ipc://path")
+    return endpoint
+
+
+ZmqEndpoint = Annotated[str, AfterValidator(_zmq_endpoint)]
 TcpAddress = Annotated[str, AfterValidator(_tcp_address)]
 Address = Annotated[str, AfterValidator(_address)]
 PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -47,6 +58,21 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
 
 
+class KvEventsSettings(_Schema):
+    """Where an engine publishes its KV-cache events (vLLM: `--kv-events-config`); needs `gorgo-plugin[kv-events]`."""
+
+    endpoint: ZmqEndpoint
+    """ZeroMQ address of the publisher, tcp://host:port or ipc://path; with `*` for the host (tcp://*:port) the gateway
+    binds there and engines connect."""
+    replay: ZmqEndpoint | None = None
+    """Address of the publisher's replay socket; none given: events missed cannot be had again, and after a start of the
+    gateway or a gap the index stays partial until the engine's cache is cleared."""
+    topic: str = ""
+    """Only events whose topic begins so are taken; vLLM's default topic is empty."""
+    model: str | None = None
+    """Whose prompts the blocks are; none given: those of every model the replica serves."""
+
+
 class ReplicaSettings(_Schema):
     """One engine endpoint."""
 
@@ -57,9 +83,12 @@ class ReplicaSettings(_Schema):
     url: str
     """Base URL of the engine, with scheme, host and port."""
     kv_tokens: Annotated[int, Field(ge=1)] = 500_000
-    """Tokens the replica's KV cache holds. The default is about what one 80 GB GPU keeps for an 8B model."""
+    """Tokens the replica's KV cache holds; not given: what the engine's metrics say. The default is about what one
+    80 GB GPU keeps for an 8B model."""
     models: list[str] | None = None
     """Models served here; none given: every model."""
+    kv_events: KvEventsSettings | None = None
+    """Where the engine tells which blocks it caches; none given: they are estimated."""
 
     @field_validator("url")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gorgo_plugin.engine_caches import EngineCaches
 from gorgo_plugin.models import ModelState
 from gorgo_plugin.replicas import Replicas
 from gorgo_plugin.signals import Flights, GaugeTable, HealthTable, LatencyTable
@@ -29,6 +30,7 @@ class State:
     health: HealthTable
     models: Mapping[str, ModelState]
     model: Callable[[str], ModelState]
+    engine_caches: EngineCaches
 
     def describe(self, now: float) -> dict[str, Any]:
         """Replicas, models and open flights, by name."""
@@ -64,7 +66,8 @@ class State:
         replica, one = self.replicas[slot], np.array([slot])
         return {
             "region": replica.region,
-            "kv_tokens": replica.kv_tokens,
+            "kv_tokens": self.engine_caches.kv_tokens(slot),
+            "cache": self.engine_caches.describe(slot),
             "latency": self.latency.describe(slot, now),
             "health": self.health.describe(slot, now),
             "load": {

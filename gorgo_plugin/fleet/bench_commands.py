@@ -147,6 +147,67 @@ def bench_estimator(quick: bool, rounds: int | None, seed: int, file: Path) -> N
     console.print(f"Figures: {file}")
 
 
+@bench.command("accuracy")
+@click.option("--trace", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Mooncake-format file.")
+@click.option("--requests", type=click.IntRange(10), help="First requests replayed; without it 2000, of a trace all.")
+@click.option(
+    "--kv-tokens", type=click.IntRange(1), help="Cache of each engine; without it 300000, of a trace 2000000."
+)
+@click.option("--time-scale", default=2.0, type=click.FloatRange(0.1, 100), help="Stretches a trace's arrivals.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Seeds workload, engines and networks.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="File the figures are written to.")
+def bench_accuracy(
+    trace: Path | None, requests: int | None, kv_tokens: int | None, time_scale: float, seed: int, out: Path | None
+) -> None:
+    """How true the estimate of cached tokens is to engines whose caches overflow.
+
+    Replays a trace, or generated conversations, in virtual time through three model engines, once for each source of
+    knowledge that the router may have.
+    """
+    from dataclasses import asdict
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    from gorgo_plugin.fleet.bench_accuracy import bench
+    from gorgo_plugin.fleet.engine import PROFILES
+    from gorgo_plugin.fleet.machine import machine
+    from gorgo_plugin.fleet.mooncake import read_trace
+    from gorgo_plugin.fleet.replay_inputs import conversation_requests, trace_requests
+    from gorgo_plugin.fleet.workload import ConversationSettings, conversations
+
+    console = Console()
+    block_tokens = PROFILES["linear"].block_tokens
+    if trace is None:
+        workload = conversations(seed, ConversationSettings(requests or 2000, rate_per_s=3.0, turns=8.0, think_s=60.0))
+        coming = conversation_requests(workload, block_tokens)
+    else:
+        coming = trace_requests(read_trace(trace), time_scale, block_tokens)[:requests]
+    room = kv_tokens or (300_000 if trace is None else 2_000_000)
+    with console.status("starting") as status:
+        rows = bench(coming, room, seed=seed, say=status.update)
+    table = Table(title=f"Estimated against true cached tokens, caches of {room:,} tokens, {len(coming):,} requests")
+    headings = ("the router knows", "cached", "error", "over", "under", "mean of ratios", "p95", "within a block", "s")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        shares = (row.error_share, row.over_share, row.under_share, row.mean_ratio, row.p95_ratio)
+        table.add_row(
+            row.source,
+            f"{row.cached_share:.1%}",
+            *(f"{share:.3%}" for share in shares),
+            f"{row.within_block:.2%}",
+            f"{row.wall_s:.0f}",
+        )
+    console.print(table)
+    if out is not None:
+        figures = {"machine": machine(), "kv_tokens": room, "rows": list(map(asdict, rows))}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+        console.print(f"Figures: {out}")
+
+
 def _interval(ratio: Ratio) -> str:
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 

@@ -61,14 +61,15 @@ class Lease:
 
 
 class BlockCache:
-    """Blocks of one engine, `capacity` of them usable.
+    """Blocks of one engine, `capacity` of them usable; `evicted`, where given, is told the keys of what is evicted.
 
     A block is blank, private to one lease, or keyed; a keyed one is in use (reference count above 0) or idle, and then
     stands in the eviction order. Blank blocks are handed out before any idle one is evicted.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, evicted: list[int] | None = None) -> None:
         self.capacity = capacity
+        self._evicted = evicted
         self._references: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._blank = capacity
@@ -102,6 +103,8 @@ class BlockCache:
         for _ in range(needed - from_blank):
             evicted, _nothing = idle.popitem(last=False)
             del references[evicted]
+            if self._evicted is not None:
+                self._evicted.append(evicted)
         return Lease(list(hits), needed)
 
     def publish(self, lease: Lease, keys: Sequence[int]) -> None:

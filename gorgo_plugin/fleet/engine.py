@@ -14,6 +14,7 @@ import random
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from gorgo_plugin.fleet.block_cache import BlockCache, Lease
 
@@ -132,6 +133,25 @@ Event = FirstToken | Tokens | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Consecutive blocks of a request that became findable: its blocks `first` to `first + len(keys) - 1`."""
+
+    id: Hashable
+    first: int
+    keys: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Blocks that were evicted."""
+
+    keys: Sequence[int]
+
+
+CacheChange = Stored | Removed
+
+
+@dataclass(frozen=True, slots=True)
 class Gauges:
     """What the engine reports of itself, as of the end of its last step.
 
@@ -194,8 +214,17 @@ class Engine:
     changes nothing. The same calls with the same seed give the same events.
     """
 
-    def __init__(self, profile: EngineProfile, seed: int = 0, *, token_interval: int = 0) -> None:
-        """`token_interval`: tokens between `Tokens` events of a request; 0 emits none, which is fastest."""
+    def __init__(
+        self, profile: EngineProfile, seed: int = 0, *, token_interval: int = 0, tells_cache: bool = False
+    ) -> None:
+        """
+        Args:
+            profile: what it is like.
+            seed: of its noise.
+            token_interval: tokens between `Tokens` events of a request; 0 emits none, which is fastest.
+            tells_cache: collect what `cache_changes` returns.
+        """
+        self._tells_cache = tells_cache
         self.profile = profile
         self.gauges = Gauges()
         self._seed = seed
@@ -205,7 +234,11 @@ class Engine:
     def _reset(self) -> None:
         self.gauges = Gauges()
         self._random = random.Random(self._seed)
-        self._cache = BlockCache(self.profile.kv_tokens // self.profile.block_tokens - 1)  # vLLM keeps one back
+        self._evicted: list[int] = []
+        self._changes: list[CacheChange] = []  # since the start of the step in progress
+        self._told: list[CacheChange] = []
+        usable = self.profile.kv_tokens // self.profile.block_tokens - 1  # vLLM keeps one back
+        self._cache = BlockCache(usable, self._evicted if self._tells_cache else None)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
@@ -263,6 +296,11 @@ class Engine:
         self._run_until(now_s)
         events, self._events = self._events, []
         return events
+
+    def cache_changes(self) -> list[CacheChange]:
+        """What was stored and evicted, as of the end of the last step and not returned yet, in order."""
+        changes, self._told = self._told, []
+        return changes
 
     @property
     def idle(self) -> bool:
@@ -345,6 +383,9 @@ class Engine:
         lease = self._cache.acquire(request.blocks, matched, self._blocks_needed(request))
         if lease is None:
             return False
+        if self._evicted:
+            self._changes.append(Removed(tuple(self._evicted)))
+            self._evicted.clear()
         self._waiting.popleft()
         sequence.lease = lease
         sequence.published = matched
@@ -359,7 +400,11 @@ class Engine:
         assert sequence.lease is not None
         full = min(computed // self.profile.block_tokens, len(sequence.request.blocks))
         if full > sequence.published:
-            self._cache.publish(sequence.lease, sequence.request.blocks[sequence.published : full])
+            known = len(sequence.lease.shared)
+            keys = sequence.request.blocks[sequence.published : full]
+            self._cache.publish(sequence.lease, keys)
+            if self._tells_cache:
+                self._changes += _stored(sequence.request.id, sequence.published, keys, sequence.lease.shared[known:])
             sequence.published = full
 
     def _ticks_to_milestone(self) -> int:
@@ -380,6 +425,8 @@ class Engine:
         for sequence in self._leaving:
             self._leave(sequence)
         self._leaving.clear()
+        self._told += self._changes
+        self._changes.clear()
         self._update_gauges()
 
     def _complete_prefill(self, sequence: _Sequence, at_s: float) -> None:
@@ -446,3 +493,13 @@ class Engine:
             busy_s=self._busy_s,
             prefill_s=self._prefill_s,
         )
+
+
+def _stored(request_id: Hashable, first: int, keys: Sequence[int], new: Sequence[int]) -> list[CacheChange]:
+    """Runs of the `new` ones among `keys`, the blocks of a request from number `first` on."""
+    if len(new) == len(keys):
+        return [Stored(request_id, first, keys)]
+    fresh = set(new)
+    runs = groupby(enumerate(keys, first), key=lambda numbered: numbered[1] in fresh)
+    stored = [list(run) for is_new, run in runs if is_new]
+    return [Stored(request_id, run[0][0], [key for _, key in run]) for run in stored]

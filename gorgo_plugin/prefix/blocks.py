@@ -40,6 +40,12 @@ class BlockHasher:
             known += (full.astype(np.uint64).reshape(-1, self.block_tokens) @ self._keys).tobytes()
         return self.salted(known, cache_key)
 
+    def tail(self, tokens: NDArray[np.uint32], blocks: int, count: int) -> bytes:
+        """Hash of the `count` tokens behind the first `blocks` blocks, fewer than fill a block."""
+        start = blocks * self.block_tokens
+        part = tokens[start : start + count]
+        return int((part * self._keys[: len(part)]).sum(dtype=np.uint64)).to_bytes(HASH_BYTES, "big")
+
     def size(self, tokens: int) -> int:
         """Bytes of the hashes of so many tokens."""
         return tokens // self.block_tokens * HASH_BYTES

@@ -8,10 +8,11 @@ capacity in blocks and forgets as engines do: least recently used first, the tai
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cachetools import FIFOCache
 from numpy.typing import NDArray
 
 from gorgo_plugin.prefix.blocks import HASH_BYTES
@@ -24,6 +25,8 @@ FEW_REPLICAS = 4
 MAX_STAMPS = 256
 # Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
 RETIRED_BLOCKS_PER_CREDIT = 4096
+# Evictions of a replica that are remembered, to see from reports that they came too early; about as many requests.
+MAX_EVICTIONS = 1024
 
 
 class _Node:
@@ -39,6 +42,28 @@ class _Node:
         self.holding_children: dict[int, int] = {}  # bit -> how many children that replica holds
 
 
+class Answer(_Node):
+    """The blocks of an answer, which follow a prompt's in the cache but whose tokens this side never sees.
+
+    A child of the prompt's last node under a made-up key, so that it ages, takes room and is evicted like any other,
+    until a prompt that goes on from there shows what its blocks are.
+    """
+
+    __slots__ = ("bit", "key", "tail", "tail_tokens")
+
+    def __init__(self, edge: bytes, parent: _Node, bit: int, tail: bytes, tail_tokens: int) -> None:
+        super().__init__(edge, parent)
+        self.bit = bit
+        self.key = (0, b"")
+        self.tail = tail
+        self.tail_tokens = tail_tokens
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of it that are left."""
+        return len(self.edge) // HASH_BYTES
+
+
 @dataclass(slots=True, eq=False)
 class Credit:
     """What one dispatch added to the index, so that it can be taken back or corrected.
@@ -48,9 +73,11 @@ class Credit:
         replica, bit: who was credited, and under which identity (a forgotten replica gets a new one).
         tick: the time of use that the credit wrote.
         leaf: the last node of the path.
+        blocks: length of the path.
         boundary: the last node that was held before; what lies between it and `leaf` is new.
         extended_blocks: blocks appended to the edge of `boundary` itself.
         had_blocks: blocks of the prompt that were believed cached before.
+        age: the replica's capacity and the blocks it had evicted, added up; see `would_keep`.
         stamps: (end block, tick of last use before this credit) of each part that was believed cached.
     """
 
@@ -59,9 +86,11 @@ class Credit:
     bit: int
     tick: int
     leaf: _Node
+    blocks: int
     boundary: _Node
     extended_blocks: int
     had_blocks: int
+    age: int
     stamps: tuple[tuple[int, int], ...]
 
 
@@ -79,8 +108,11 @@ class PrefixIndex:
         self._capacity: dict[int, int] = {}  # replica -> blocks
         self._held: dict[int, int] = {}  # bit -> blocks
         self._heaps: dict[int, list[tuple[int, int, _Node]]] = {}
+        self._evicted: dict[int, int] = {}  # bit -> blocks evicted so far
+        self._evictions: dict[int, FIFOCache[bytes, int]] = {}  # bit -> first hash evicted -> `_evicted` before
         self._pushes = 0  # breaks ties between heap entries of one tick; later pushes are nearer the root
         self._next_bit = 0
+        self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
 
     def set_capacity(self, replica: int, blocks: int) -> None:
         """Let `replica` hold at most `blocks` blocks; what is over leaves at once."""
@@ -88,6 +120,10 @@ class PrefixIndex:
         if replica not in self._bit_of:
             self._assign_bit(replica)
         self._evict_to_capacity(replica)
+
+    def capacity(self, replica: int) -> int:
+        """Blocks `replica` is believed to have room for."""
+        return self._capacity[replica]
 
     def held_blocks(self, replica: int) -> int:
         """Blocks `replica` is believed to hold."""
@@ -97,12 +133,16 @@ class PrefixIndex:
     def match(self, hashes: bytes) -> dict[int, int]:
         """Leading blocks of `hashes` held by each replica that holds any: replica -> blocks."""
         owner = self._owner
-        return {owner[bit]: depth for mask, depth in self._walk(hashes) for bit in _bits(mask) if bit in owner}
+        return {owner[bit]: depth for mask, depth in self.walk(hashes) for bit in _bits(mask) if bit in owner}
 
     def blocks(self, hashes: bytes, replicas: int) -> NDArray[np.float64]:
         """The same as an array of shape (replicas,), for the replicas 0 to `replicas` - 1."""
+        return self.spread(self.walk(hashes), replicas)
+
+    def spread(self, walk: Sequence[tuple[int, int]], replicas: int) -> NDArray[np.float64]:
+        """What `walk` found, as an array of shape (replicas,)."""
         found, owner = np.zeros(replicas), self._owner
-        for mask, depth in self._walk(hashes):
+        for mask, depth in walk:
             if mask.bit_count() <= FEW_REPLICAS:
                 for bit in _bits(mask):
                     if bit in owner:
@@ -113,7 +153,7 @@ class PrefixIndex:
                 found[owners[owners >= 0]] = depth
         return found
 
-    def _walk(self, hashes: bytes) -> list[tuple[int, int]]:
+    def walk(self, hashes: bytes) -> list[tuple[int, int]]:
         """(mask of replicas, leading blocks of `hashes` that they hold), the fewest blocks first."""
         stopped: list[tuple[int, int]] = []
         node, alive, depth, position, end = self._root, -1, 0, 0, len(hashes)
@@ -133,10 +173,15 @@ class PrefixIndex:
         stopped.append((alive, depth))
         return stopped
 
-    def credit(self, replica: int, hashes: bytes) -> Credit:
-        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
+    def credit(self, replica: int, hashes: bytes, shown: Iterable[Answer] = ()) -> Credit:
+        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full.
+
+        `shown` are the answers that `hashes` goes on from (`answers_before`), wherever they were given.
+        """
         bit = self._bit_of[replica]
         self._clean_retired()
+        for answer in shown:
+            self._show(answer, hashes)
         self._tick += 1
         flag = 1 << bit
         node = boundary = self._root
@@ -169,11 +214,13 @@ class PrefixIndex:
             node = child
         if node is not self._root:
             self._queue_if_leaf(node, bit)
+        age = self._capacity[replica] + self._evicted[bit]
         self._evict_to_capacity(replica)
         had = stamps[-1][0] if stamps else 0
         if len(stamps) > MAX_STAMPS:  # some parts as one, used when the last of them was
             stamps = stamps[:: -(len(stamps) // MAX_STAMPS + 1)][::-1]
-        return Credit(self, replica, bit, self._tick, node, boundary, extended, had, tuple(stamps))
+        blocks = end // HASH_BYTES
+        return Credit(self, replica, bit, self._tick, node, blocks, boundary, extended, had, age, tuple(stamps))
 
     def revoke(self, credit: Credit) -> None:
         """Take back what `credit` added, except what a later use has confirmed."""
@@ -210,11 +257,119 @@ class PrefixIndex:
         oldest = next((tick for end, tick in credit.stamps if end > cached_blocks), None)
         if oldest is None:
             return 0
-        bit, before = credit.bit, self._held[credit.bit]
-        heap = self._heaps[bit]
-        while heap and heap[0][0] <= oldest:
-            self._evict_one(bit, before, oldest)
+        return self._forget_until(credit.bit, oldest)
+
+    def expire(self, replica: int, tick: int) -> int:
+        """Forget what `replica` last used no later than the credit of that tick; returns the number of blocks."""
+        bit = self._bit_of.get(replica)
+        return 0 if bit is None else self._forget_until(bit, tick)
+
+    def _forget_until(self, bit: int, tick: int) -> int:
+        before, heap = self._held[bit], self._heaps[bit]
+        while heap and heap[0][0] <= tick:
+            self._evict_one(bit, before, tick)
         return before - self._held[bit]
+
+    def would_keep(self, credit: Credit, hashes: bytes) -> int:
+        """Least capacity in blocks with which the first block that was missing would not have been evicted.
+
+        0 when it was not evicted lately. `hashes` are those that `credit` was given for.
+        """
+        start = credit.had_blocks * HASH_BYTES
+        if not self._stands(credit) or start >= len(hashes):
+            return 0
+        evicted_before = self._evictions[credit.bit].get(hashes[start : start + HASH_BYTES])
+        return 0 if evicted_before is None else max(credit.age - evicted_before, 0)
+
+    # The end of a request, and its answer
+
+    def ended(self, credit: Credit) -> None:
+        """The request is over: engines let its blocks age from here on, not from its dispatch."""
+        if self._stands(credit):
+            self._tick += 1
+            for node in _upwards(credit.leaf):
+                if credit.bit in node.used:
+                    node.used[credit.bit] = self._tick
+
+    def answered(self, credit: Credit, blocks: int, tail: bytes, tail_tokens: int) -> None:
+        """Behind the path of `credit` the replica holds `blocks` more: the prompt's rest and its answer.
+
+        Args:
+            credit: of the request that was answered.
+            blocks: full blocks beyond those of the path.
+            tail: hash of the prompt's tokens behind its last full block, `tail_tokens` of them.
+        """
+        leaf, bit = credit.leaf, credit.bit
+        if blocks < 1 or not self._stands(credit) or not leaf.mask >> bit & 1:
+            return
+        if credit.blocks == 0 or sum(len(node.edge) for node in _upwards(leaf)) != credit.blocks * HASH_BYTES:
+            return  # another prompt has gone on from here meanwhile
+        self._pushes += 1
+        first = (~self._pushes).to_bytes(HASH_BYTES, "big", signed=True)
+        answer = Answer(first + bytes((blocks - 1) * HASH_BYTES), leaf, bit, tail, tail_tokens)
+        answer.key = credit.blocks, leaf.edge[-HASH_BYTES:]
+        leaf.children[first] = answer
+        self._hold(answer, bit)
+        answer.used[bit] = leaf.used[bit]
+        self._answers.setdefault(answer.key, []).append(answer)
+        self._queue_if_leaf(answer, bit)
+        self._evict_to_capacity(credit.replica)
+
+    def answers_before(
+        self, hashes: bytes, walk: Sequence[tuple[int, int]], tail: Callable[[int, int], bytes]
+    ) -> dict[int, Answer]:
+        """The answers that a prompt goes on from, by the replica that gave them.
+
+        Args:
+            hashes: of the prompt.
+            walk: what `walk` found.
+            tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
+        """
+        found: dict[int, Answer] = {}
+        for mask, depth in walk if self._answers else ():
+            end = depth * HASH_BYTES
+            if end == len(hashes):
+                continue  # it ends there: the same prompt again
+            for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), ()):
+                replica = self._owner.get(answer.bit)
+                if (
+                    replica is not None
+                    and mask >> answer.bit & 1
+                    and tail(depth, answer.tail_tokens) == answer.tail
+                    and _leads_to(answer.parent, hashes[:end])
+                ):
+                    found[replica] = answer
+        return found
+
+    def _show(self, answer: Answer, hashes: bytes) -> None:
+        """Give an answer's blocks the hashes that the prompt behind it shows them to have."""
+        node, bit = answer.parent, answer.bit
+        assert node is not None
+        start, tick = answer.key[0] * HASH_BYTES, answer.used[bit]
+        end = min(start + len(answer.edge), len(hashes))
+        self._release(answer, bit)
+        if start >= end:
+            return
+        child = node.children.get(hashes[start : start + HASH_BYTES])
+        if child is None and node.mask == 1 << bit and not node.children:
+            node.edge += hashes[start:end]
+            self._held[bit] += (end - start) // HASH_BYTES
+            return
+        if child is None:
+            child = node.children[hashes[start : start + HASH_BYTES]] = _Node(hashes[start:end], node)
+        common = _common_blocks(child.edge, hashes, start, end)
+        if common * HASH_BYTES < len(child.edge):
+            child = self._split(child, common)
+        if not child.mask >> bit & 1:
+            self._hold(child, bit)
+            child.used[bit] = tick
+            self._queue_if_leaf(child, bit)
+
+    def _drop_answer(self, answer: Answer) -> None:
+        siblings = self._answers[answer.key]
+        siblings.remove(answer)
+        if not siblings:
+            del self._answers[answer.key]
 
     def forget(self, replica: int) -> None:
         """Drop all credit of `replica` at once; its nodes are cleaned away by later credits."""
@@ -247,6 +402,8 @@ class PrefixIndex:
         self._owner[bit] = self._owners[bit] = replica
         self._held[bit] = 0
         self._heaps[bit] = []
+        self._evicted[bit] = 0
+        self._evictions[bit] = FIFOCache(MAX_EVICTIONS)
 
     def _split(self, node: _Node, blocks: int) -> _Node:
         """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
@@ -286,6 +443,8 @@ class PrefixIndex:
                 self._queue_if_leaf(parent, bit)
         if not node.mask:
             del parent.children[node.edge[:HASH_BYTES]]
+            if isinstance(node, Answer):
+                self._drop_answer(node)
 
     def _queue_if_leaf(self, node: _Node, bit: int) -> None:
         flag = 1 << bit
@@ -310,7 +469,9 @@ class PrefixIndex:
         if node.used[bit] != tick or tick > newest:
             self._queue_if_leaf(node, bit)  # used since it was queued
             return
-        self._drop_tail(node, bit, most_blocks)
+        kept = max(len(node.edge) - most_blocks * HASH_BYTES, 0)
+        self._evictions[bit][node.edge[kept : kept + HASH_BYTES]] = self._evicted[bit]
+        self._evicted[bit] += self._drop_tail(node, bit, most_blocks)
 
     def _drop_tail(self, node: _Node, bit: int, most_blocks: int) -> int:
         """Take up to `most_blocks` of a leaf's tail from a replica; returns how many it had."""
@@ -337,8 +498,27 @@ class PrefixIndex:
             if heap:
                 return
             self._retired.pop()
-            del self._held[bit], self._heaps[bit]
+            del self._held[bit], self._heaps[bit], self._evicted[bit], self._evictions[bit]
             self._free_bits.append(bit)
+
+
+def _upwards(node: _Node) -> Iterator[_Node]:
+    """The node and those above it, without the root."""
+    above: _Node | None = node
+    while above is not None and above.parent is not None:
+        yield above
+        above = above.parent
+
+
+def _leads_to(node: _Node | None, hashes: bytes) -> bool:
+    """Whether the path from the root to the end of `node` is `hashes`."""
+    end = len(hashes)
+    for above in _upwards(node) if node is not None else ():
+        start = end - len(above.edge)
+        if start < 0 or hashes[start:end] != above.edge:
+            return False
+        end = start
+    return end == 0
 
 
 def _bits(mask: int) -> Iterator[int]:

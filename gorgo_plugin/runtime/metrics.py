@@ -24,7 +24,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gorgo_plugin.decision import Decision
+from gorgo_plugin.decision import Decision, verdict_on
 from gorgo_plugin.settings import Settings
 
 NOTED_EVENTS = 512  # counted at once; each costs a third of what it would cost by itself, between other work
@@ -77,6 +77,12 @@ EVENTS: tuple[Family, ...] = (
         "Prompt tokens believed cached, of requests whose cached tokens were reported.",
     ),
     Family("gorgo_reported_cached_tokens_total", "counter", _FLIGHT, "Prompt tokens that engines reported as cached."),
+    Family(
+        "gorgo_cached_estimates_total",
+        "counter",
+        (*_FLIGHT, "verdict"),
+        "Requests whose cached tokens were reported, by how the estimate stood to that: within-block, over, under.",
+    ),
     Family("gorgo_failures_total", "counter", (*_REPLICA, "kind"), "Attempts that failed, by kind."),
     Family("gorgo_fallbacks_total", "counter", ("reason",), "Choices left to the gateway's own strategy, by reason."),
     Family("gorgo_prompt_errors_total", "counter", ("model",), "Request bodies that could not be read as a prompt."),
@@ -126,6 +132,7 @@ class Metrics:
         served = {model for replica in settings.replicas for model in replica.models or ()}
         self._models = frozenset({"", *settings.models, *served})
         self._policy = settings.policy
+        self._settings = settings
 
     def read_from(self, readings: Callable[[], Iterable[Reading]]) -> None:
         """Have the derived metrics read there whenever Prometheus asks, until `close`."""
@@ -185,6 +192,8 @@ class Metrics:
         if reported_cached is not None:
             self._note(max(estimated_cached, 0), "gorgo_estimated_cached_tokens_total", *labels)
             self._note(max(reported_cached, 0), "gorgo_reported_cached_tokens_total", *labels)
+            verdict = verdict_on(estimated_cached, reported_cached, self._block_tokens(model))
+            self._note(1.0, "gorgo_cached_estimates_total", *labels, verdict)
 
     def failed(self, replica: str, kind: str) -> None:
         """An attempt failed; kinds as in `Router.fail`."""
@@ -219,6 +228,9 @@ class Metrics:
 
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
+
+    def _block_tokens(self, model: str) -> int:
+        return self._settings.model_settings(model).block_tokens or self._settings.block_tokens
 
     def _replica(self, replica: str) -> tuple[str, str]:
         region = self._regions.get(replica)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gorgo_plugin.prefix import Credit
 from gorgo_plugin.signals.columns import FloatArray, Rows, Table
@@ -23,6 +24,8 @@ class Flight:
 
     Attributes:
         prompt_tokens, cached_tokens, uncached_tokens: as estimated at dispatch, in the engine's tokens.
+        path_blocks, answer_blocks: blocks believed cached: of earlier prompts, and behind them of an answer.
+        rest: token ids behind the last full block, shape (fewer than a block,).
         ahead_tokens: uncached tokens that were before it in the replica's prefill queue.
         network_ms: the round trip as known at dispatch.
         predicted_ms: predicted TTFT.
@@ -45,6 +48,9 @@ class Flight:
     ahead_tokens: float
     network_ms: float
     predicted_ms: float
+    path_blocks: int
+    answer_blocks: int
+    rest: NDArray[np.uint32]
     hashes: bytes
     credit: Credit | None
     awaits_tokens: bool = False  # routed on an estimate; `hashes` and `credit` are of what was known
@@ -53,6 +59,8 @@ class Flight:
     in_queue: bool = True
     learned: bool = False  # its times have been learned from, or must not be
     usage_seen: bool = False
+    output_tokens: float | None = None  # as the engine reported, in own tokens
+    tellable: bool = False  # its ids are the engine's own, so the engine's word on its blocks can be understood
     learned_uncached_tokens: float | None = None  # as the engine reported
 
     @property

@@ -18,12 +18,16 @@ class EngineGauges:
         waiting: requests queued in the engine.
         kv_usage: share of the KV cache in use, 0 to 1.
         used_tokens: KV tokens in use where the engine says so (SGLang), or None.
+        kv_tokens: tokens its KV cache holds, where it says so.
+        block_tokens: tokens of one KV block, where it says so.
     """
 
     running: float
     waiting: float
     kv_usage: float
     used_tokens: float | None = None
+    kv_tokens: int | None = None
+    block_tokens: int | None = None
 
 
 class GaugeTable(Table):

@@ -84,6 +84,8 @@ actions = st.lists(
         st.tuples(st.just("credit"), st.integers(0, 2), paths),
         st.tuples(st.just("revoke"), st.integers(0, 40), st.just(b"")),
         st.tuples(st.just("correct"), st.integers(0, 40), paths),
+        st.tuples(st.just("ended"), st.integers(0, 40), st.just(b"")),
+        st.tuples(st.just("answered"), st.integers(0, 40), paths),
         st.tuples(st.just("forget"), st.integers(0, 2), st.just(b"")),
         st.tuples(st.just("resize"), st.integers(0, 2), paths),
     ),
@@ -98,7 +100,8 @@ def test_books_balance_whatever_happens(steps: list[tuple[str, int, bytes]]) -> 
     given_credits = []
     for action, number, hashes in steps:
         if action == "credit":
-            given_credits.append(index.credit(number, hashes))
+            answers = index.answers_before(hashes, index.walk(hashes), lambda blocks, tokens: b"")
+            given_credits.append(index.credit(number, hashes, answers.values()))
         elif action == "forget":
             index.forget(number)
             assert index.held_blocks(number) == 0
@@ -106,6 +109,10 @@ def test_books_balance_whatever_happens(steps: list[tuple[str, int, bytes]]) -> 
             index.set_capacity(number, len(hashes) // HASH_BYTES + 1)
         elif given_credits and action == "revoke":
             index.revoke(given_credits[number % len(given_credits)])
+        elif given_credits and action == "ended":
+            index.ended(given_credits[number % len(given_credits)])
+        elif given_credits and action == "answered":
+            index.answered(given_credits[number % len(given_credits)], len(hashes) // HASH_BYTES, b"", 0)
         elif given_credits and action == "correct":
             index.correct(given_credits[number % len(given_credits)], len(hashes) // HASH_BYTES)
         for replica in range(3):

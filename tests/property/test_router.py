@@ -34,7 +34,7 @@ events = st.lists(
         st.tuples(st.just("finish"), flight_ids),
         st.tuples(st.just("fail"), flight_ids, st.sampled_from(sorted(FAILURE_KINDS))),
         st.tuples(st.just("moved"), flight_ids, st.sampled_from(NAMES)),
-        st.tuples(st.just("usage"), flight_ids, st.integers(-5, 800), st.integers(-5, 800)),
+        st.tuples(st.just("usage"), flight_ids, *3 * [st.integers(-5, 800)]),
         st.tuples(st.just("forget"), st.sampled_from(NAMES)),
         st.tuples(st.just("set_health"), st.sampled_from(NAMES), st.booleans()),
         st.tuples(st.just("observe_rtt"), st.sampled_from(NAMES), st.floats()),

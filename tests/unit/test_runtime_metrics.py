@@ -83,6 +83,18 @@ def test_estimated_cached_tokens_are_counted_only_where_the_engine_reports_its_o
     assert sum(series(registry, "gorgo_reported_cached_tokens_total").values()) == 48
 
 
+def test_an_estimate_within_a_block_of_the_report_counts_as_right(registry: CollectorRegistry) -> None:
+    metrics = Metrics(SETTINGS, registry)
+    for estimated, reported in ((64, 64), (64, 48), (64, 32), (0, 64)):
+        metrics.usage("a", "m", 100, estimated, reported)
+    found = series(registry, "gorgo_cached_estimates_total")
+    assert {dict(labels)["verdict"]: count for labels, count in found.items()} == {
+        "within-block": 2,
+        "over": 1,
+        "under": 1,
+    }
+
+
 def test_two_of_them_in_one_process_share_counters_and_make_no_duplicate_series(registry: CollectorRegistry) -> None:
     first, second = Metrics(SETTINGS, registry), Metrics(SETTINGS, registry)
     readings: list[Reading] = [("gorgo_flights_open", ("a", "east"), 2.0), ("gorgo_rtt_seconds", ("a", "east"), 0.1)]
