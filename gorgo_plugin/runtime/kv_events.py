@@ -34,6 +34,7 @@ RESYNC_EVERY_S = 30.0  # how often a history that is not complete is asked for f
 RETRY_S = 1.0  # after an error of our own
 LOST_AFTER_S = 5.0  # a connection away for longer is a source lost; a shorter break is bridged by a replay
 HEARTBEAT_MS = 2000  # ZeroMQ's own, which finds a peer that hangs
+TURN_S = 0.005  # work between two pauses; a pause of less than a millisecond is none
 DUTY = 0.5  # share of its thread a publisher may use; probes and scrapes run there too
 
 
@@ -124,12 +125,18 @@ class KvEventJob:
             else:
                 socket.connect(self.settings.endpoint)
                 await self._replay(context, reader, 0)
+            worked_s = 0.0
             while True:
                 frames = await socket.recv_multipart()
                 started = time.perf_counter()
                 await self._live(context, reader, frames)
                 self.watch.skipped = reader.skipped
-                await asyncio.sleep((time.perf_counter() - started) * (1 - DUTY) / DUTY)
+                worked_s += time.perf_counter() - started
+                if worked_s < TURN_S:
+                    await asyncio.sleep(0)
+                else:
+                    await asyncio.sleep(worked_s * (1 - DUTY) / DUTY)
+                    worked_s = 0.0
         finally:
             if watching is not None:
                 watching.cancel()
