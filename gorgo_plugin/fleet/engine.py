@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from gorgo_plugin.fleet.block_cache import BlockCache, Lease
+from gorgo_plugin.fleet.block_cache import BlockCache, Change, Lease
 
 _S_PER_MS = 1e-3
 
@@ -194,8 +194,14 @@ class Engine:
     changes nothing. The same calls with the same seed give the same events.
     """
 
-    def __init__(self, profile: EngineProfile, seed: int = 0, *, token_interval: int = 0) -> None:
-        """`token_interval`: tokens between `Tokens` events of a request; 0 emits none, which is fastest."""
+    def __init__(
+        self, profile: EngineProfile, seed: int = 0, *, token_interval: int = 0, record_changes: bool = False
+    ) -> None:
+        """`token_interval`: tokens between `Tokens` events of a request; 0 emits none, which is fastest.
+
+        `record_changes`: keep the changes of the prefix cache for `take_changes`.
+        """
+        self._record_changes = record_changes
         self.profile = profile
         self.gauges = Gauges()
         self._seed = seed
@@ -205,7 +211,8 @@ class Engine:
     def _reset(self) -> None:
         self.gauges = Gauges()
         self._random = random.Random(self._seed)
-        self._cache = BlockCache(self.profile.kv_tokens // self.profile.block_tokens - 1)  # vLLM keeps one back
+        blocks = self.profile.kv_tokens // self.profile.block_tokens - 1  # vLLM keeps one back
+        self._cache = BlockCache(blocks, self._record_changes)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
@@ -263,6 +270,11 @@ class Engine:
         self._run_until(now_s)
         events, self._events = self._events, []
         return events
+
+    def take_changes(self) -> list[Change]:
+        """Changes of the prefix cache since the last call, in order; none after a restart are from before it."""
+        changes, self._cache.changes = self._cache.changes, []
+        return changes
 
     @property
     def idle(self) -> bool:
@@ -359,7 +371,8 @@ class Engine:
         assert sequence.lease is not None
         full = min(computed // self.profile.block_tokens, len(sequence.request.blocks))
         if full > sequence.published:
-            self._cache.publish(sequence.lease, sequence.request.blocks[sequence.published : full])
+            blocks, start = sequence.request.blocks, sequence.published
+            self._cache.publish(sequence.lease, blocks[start:full], blocks[start - 1] if start else None)
             sequence.published = full
 
     def _ticks_to_milestone(self) -> int:

@@ -223,9 +223,13 @@ class Runtime:
             key: Hashable = ("probe", replica.name, replica.url, settings.probe)
             jobs[key] = self._jobs.get(key) or ProbeJob(replica, settings.probe, router, metrics.probe_failed)
             if settings.metrics.path is not None:
-                key = ("scrape", replica.name, replica.url, settings.metrics, interval_s)
+                blocks = frozenset(
+                    settings.model_settings(model).block_tokens or settings.block_tokens
+                    for model in replica.models or ("", *settings.models)
+                )
+                key = ("scrape", replica.name, replica.url, settings.metrics, interval_s, blocks)
                 jobs[key] = self._jobs.get(key) or ScrapeJob(
-                    replica, settings.metrics, interval_s, router, metrics.scrape_failed
+                    replica, settings.metrics, interval_s, router, metrics.scrape_failed, blocks
                 )
             if replica.kv_events is not None:
                 key = ("kv_events", replica.name, replica.url, replica.kv_events)

@@ -127,8 +127,11 @@ class ScrapeJob:
     router: Observer
     on_failure: Callable[[str, str], None]
     """(replica name, kind of failure), for metrics."""
+    block_tokens: frozenset[int] = frozenset()
+    """Tokens of a block as set for the models served there."""
     watch: Watch = field(default_factory=Watch)
     _start_time_s: float | None = None
+    _warned: bool = False
 
     async def run(self) -> None:
         """Scrape until cancelled."""
@@ -159,6 +162,19 @@ class ScrapeJob:
             self._start_time_s = max(page.start_time_s, self._start_time_s or 0.0)
         if page.gauges is not None:
             self.router.observe_gauges(self.replica.name, page.gauges)
+            self._compare_blocks(page.gauges.block_tokens)
+
+    def _compare_blocks(self, block_tokens: int | None) -> None:
+        if block_tokens is None or not self.block_tokens or block_tokens in self.block_tokens or self._warned:
+            return
+        self._warned = True
+        _log.warning(
+            "gorgo: replica '%s' caches blocks of %d tokens, block_tokens is %s; set it to %d for exact estimates",
+            self.replica.name,
+            block_tokens,
+            " and ".join(map(str, sorted(self.block_tokens))),
+            block_tokens,
+        )
 
     async def _page(self, session: aiohttp.ClientSession) -> Page:
         import aiohttp
