@@ -45,6 +45,11 @@ bench: $(INSTALLED) ## What the plugin costs LiteLLM, against simple-shuffle
 bench-envoy: $(INSTALLED) ## What the service costs Envoy, against no filter and a service that does nothing
 	$(BIN)/gorgo bench envoy
 
+.PHONY: bench-estimator
+bench-estimator: $(INSTALLED) ## How fast cached tokens are estimated, against the package of the paper's authors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/gorgo bench estimator
+
 .PHONY: soak
 soak: $(INSTALLED) ## Ten minutes of requests through Envoy, with clients that leave: nothing may grow or stay open
 	$(BIN)/gorgo soak
@@ -63,7 +68,7 @@ test-litellm-versions: $(INSTALLED) ## Run the contract tests on each supported 
 .PHONY: constraints
 constraints: ## Pin what a new environment resolves to today
 	rm -rf $(VENV)-new && $(PYTHON) -m venv $(VENV)-new
-	$(VENV)-new/bin/python -m pip install --quiet -e '.[demo,dev]'
+	$(VENV)-new/bin/python -m pip install --quiet -e '.[bench,demo,dev]'
 	{ sed -n '/^#/p' constraints.txt; \
 	  $(VENV)-new/bin/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' | sort -f; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf $(VENV)-new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gorgo_plugin.errors import PromptError
+from gorgo_plugin.prefix.blocks import Blocks
 
+LIST_AT_ONCE = 65_536  # entries of a list made an array in one go, 2 ms in which no other thread runs
 MAX_TOKEN_ID = 2**32 - 1  # token ids are held as uint32; the largest vocabularies have under 2**19 entries
 
 
@@ -21,7 +24,7 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
         PromptError: not a flat sequence of integers from 0 to 2**32 - 1.
     """
     try:
-        array = np.asarray(tokens)
+        array = _array(tokens)
     except (TypeError, ValueError, OverflowError) as error:
         raise PromptError("tokens: expected a flat sequence of token ids") from error
     if array.ndim != 1:
@@ -40,6 +43,13 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
     return view
 
 
+def _array(tokens: ArrayLike) -> NDArray[Any]:
+    if not isinstance(tokens, (list, tuple)) or len(tokens) <= LIST_AT_ONCE:
+        return np.asarray(tokens)
+    starts = range(0, len(tokens), LIST_AT_ONCE)
+    return np.concatenate([np.asarray(tokens[start : start + LIST_AT_ONCE]) for start in starts])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One request as the router sees it.
@@ -52,6 +62,9 @@ class Prompt:
         affinity_key: what `session-affinity` hashes (session, conversation or user); None: the first 256 tokens.
         cache_key: what else separates engine caches (LoRA adapter, `cache_salt`); "" when nothing does.
         exact: the ids are the engine's own; False: counts are an estimate and are scaled by what engines report.
+        estimated_tokens: how many tokens are thought to follow `tokens`, which are not known yet; the flight gets them
+            by `Router.attach`. `len` counts them too.
+        blocks: hashes of its blocks, where `Router.prepare` has them from earlier requests; only for that router.
     """
 
     tokens: NDArray[np.uint32]
@@ -61,6 +74,8 @@ class Prompt:
     affinity_key: str | None = None
     cache_key: str = ""
     exact: bool = True
+    estimated_tokens: int = 0
+    blocks: Blocks | None = None
 
     def __init__(
         self,
@@ -71,6 +86,8 @@ class Prompt:
         affinity_key: str | None = None,
         cache_key: str = "",
         exact: bool = True,
+        estimated_tokens: int = 0,
+        blocks: Blocks | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "tokens", token_array(tokens))
@@ -79,10 +96,18 @@ class Prompt:
         put(self, "max_output_tokens", max_output_tokens)
         put(self, "affinity_key", affinity_key)
         put(self, "cache_key", cache_key)
-        put(self, "exact", exact)
+        put(self, "exact", exact and not estimated_tokens)
+        put(self, "estimated_tokens", estimated_tokens)
+        put(self, "blocks", blocks)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.estimated_tokens
+
+    def affinity(self) -> bytes:
+        """What stays the same over a session: its key, else the first 256 tokens (the simple affinity of paper v2)."""
+        if self.affinity_key is not None:
+            return self.affinity_key.encode("utf-8", "surrogatepass")
+        return self.tokens[:256].tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +140,16 @@ class Cost:
         return self.network_ms + self.queue_ms + self.prefill_ms
 
 
+class Costs(Mapping[str, Cost]):
+    """Replica name -> `Cost`, worked out when it is looked at."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def ranked(self) -> list[str]:
+        """Names in failover order."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
     """The outcome of routing one request.
@@ -124,9 +159,9 @@ class Decision:
         flight_id: names this attempt; 0 when none was opened (`explain`).
         replica: name of the chosen replica.
         region: its region label.
-        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...).
-        ranked: candidate names, cheapest first: the failover order. `ranked[0]` is `replica`.
-        costs: replica name -> `Cost`, built only when looked at.
+        reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...). It ends in
+            `-by-estimate` where tokens of the prompt were not known yet.
+        costs: replica name -> `Cost`, worked out only when looked at.
     """
 
     request_id: str
@@ -134,5 +169,9 @@ class Decision:
     replica: str
     region: str
     reason: str
-    ranked: Sequence[str]
-    costs: Mapping[str, Cost]
+    costs: Costs
+
+    @property
+    def ranked(self) -> Sequence[str]:
+        """Candidate names, cheapest first: the failover order. `ranked[0]` is `replica`."""
+        return self.costs.ranked()

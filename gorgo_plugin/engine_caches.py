@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from gorgo_plugin.prefix import AllBlocksCleared, EngineBlocks, KvEvent, PrefixI
 from gorgo_plugin.replicas import Replicas
 from gorgo_plugin.settings import ReplicaSettings
 from gorgo_plugin.signals import EngineGauges, Flight
+from gorgo_plugin.signals.columns import FloatArray
 
 # How long after its prefill a dispatch still counts where the engine tells its blocks: vLLM publishes at the end of a
 # step, its publisher and the network take milliseconds, a busy client some hundreds.
@@ -208,9 +209,9 @@ class EngineCaches:
 
     # What the router asks and tells, under its lock
 
-    def held(self, prompt: Prompt, model: ModelState, hashes: bytes) -> Mapping[int, int]:
-        """Leading blocks of a prompt that each replica is believed to hold: slot -> blocks, where there are any."""
-        found = model.index.match(hashes)
+    def held(self, prompt: Prompt, model: ModelState, hashes: bytes, rows: int) -> FloatArray:
+        """Leading blocks of a prompt that each replica is believed to hold, shape (rows,), by slot."""
+        found = model.index.blocks(hashes, rows)
         if not self._sources or prompt.cache_key or not prompt.exact:
             return found
         for key in ((model.block_tokens, None), (model.block_tokens, prompt.model)):
@@ -218,11 +219,11 @@ class EngineCaches:
             if group is None:
                 continue
             for slot in group.exact:
-                found.pop(slot, None)
-            told = group.blocks.match(hashes, len(prompt.tokens), prompt.model)
+                found[slot] = 0.0
+            told = group.blocks.match(hashes, len(prompt), prompt.model)
             for more in (told, group.bridge.match(hashes)):
                 for slot, blocks in more.items():
-                    if blocks > found.get(slot, 0):
+                    if blocks > found[slot]:
                         found[slot] = blocks
         return found
 

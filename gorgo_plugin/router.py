@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from cachetools import LRUCache, TTLCache
+from numpy.typing import NDArray
 
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
@@ -24,12 +24,10 @@ from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.models import ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
-from gorgo_plugin.prompt import PromptBuilder
-from gorgo_plugin.prompt.builder import prepared_by
-from gorgo_plugin.replicas import Replicas
+from gorgo_plugin.prompt import PromptBuilder, built_from
+from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
-from gorgo_plugin.signals.columns import SlotArray
 from gorgo_plugin.state import State
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
@@ -41,6 +39,7 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
+BY_ESTIMATE = "-by-estimate"  # ends the reason of a decision on a prompt whose length is partly estimated
 
 
 class Router:
@@ -121,24 +120,23 @@ class Router:
             NoCandidates: nobody is left to serve it.
         """
         model = self._model(prompt.model)
-        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        hashes = model.hashes(prompt)
         with self._lock:
             now = self._clock()
             self._sweep_when_due(now)
             attempts = self._attempts.get(request_id, []) if request_id is not None else []
             if attempts:
                 self._release(attempts[-1][0], now, answered=False)
-            slots = self._candidates(prompt, candidates, exclude)
-            view = self._view(prompt, model, hashes, slots, now, self._rng)
-            tiers = self._tiers(slots, {slot for _, slot in attempts}, now)
-            choice = pick(self._policy, view, tiers, self._rng)
-            flight_id = next(self._flight_ids)
+            among = self._candidates(prompt, candidates, exclude)
+            view = self._view(prompt, model, hashes, among, now, self._rng)
+            choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
+            flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
-            self._open(flight_id, request, prompt, model, hashes, int(slots[choice.row]), view, choice.row, now)
+            self._open(flight_id, request, prompt, model, hashes, slot, view, choice.row, now)
             if request_id is not None:
-                self._attempts[request_id] = [*attempts, (flight_id, int(slots[choice.row]))]
+                self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
-            return self._decision(request, flight_id, slots, view, choice)
+            return self._decision(request, flight_id, slot, view, choice, prompt)
 
     def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
         """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
@@ -147,17 +145,39 @@ class Router:
             NoCandidates: nobody may serve it.
         """
         model = self._model(prompt.model)
-        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        hashes = model.hashes(prompt)
         with self._lock:
             now = self._clock()
-            slots = self._candidates(prompt, candidates, exclude)
+            among = self._candidates(prompt, candidates, exclude)
             rng = random.Random()
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
-            view = self._view(prompt, model, hashes, slots, now, rng)
-            choice = pick(self._policy, view, self._tiers(slots, set(), now), rng)
-            return self._decision("", 0, slots, view, choice)
+            view = self._view(prompt, model, hashes, among, now, rng)
+            choice = pick(self._policy, view, self._tiers(among, (), now), rng)
+            return self._decision("", 0, among.slots[choice.row], view, choice, prompt)
 
     # What became of a flight
+
+    def attach(self, flight_id: int, tokens: Sequence[int] | NDArray[Any], exact: bool = True) -> None:
+        """The tokens of a prompt that was routed on an estimate, shape (n,): its counts and its credit are put right.
+
+        Once per flight; ignored after its end, and where nothing was estimated. `exact` as in `Prompt`.
+
+        Raises:
+            PromptError: no token ids.
+        """
+        with self._lock:
+            flight = self._known(flight_id)
+            if flight is None or not flight.awaits_tokens:
+                return
+            model = self._model(flight.model)
+        prompt = Prompt(tokens, flight.model, cache_key=flight.cache_key, exact=exact)
+        hashes = model.hashes(prompt)
+        with self._lock:
+            if self._flights.get(flight_id) is flight and flight.awaits_tokens:  # not ended meanwhile
+                flight.hashes, flight.own_tokens, flight.exact = hashes, len(prompt), exact
+                flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
+                self._flights.recount(flight, len(prompt) * model.scale_of(prompt), cached_tokens)
+                self.engine_caches.dispatched(flight)
 
     def first_token(self, flight_id: int, at_s: float | None = None) -> None:
         """The first token of a streamed answer was seen, at `at_s` of the router's clock (now, when not given)."""
@@ -191,12 +211,12 @@ class Router:
                 return  # engines and gateways report 0 when they do not know
             flight.usage_seen = True
             model = self._model(flight.model)
-            if not flight.exact:
+            if not flight.exact and not flight.awaits_tokens:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
             self.engine_caches.reported(flight.slot)
-            if flight.credit is not None:
+            if flight.credit is not None and not flight.awaits_tokens:
                 scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
                 model.correct(flight.credit, flight.cached_tokens, cached_tokens, scale, flight.exact)
             flight.learned_uncached_tokens = float(max(prompt_tokens - cached_tokens, 1))
@@ -309,7 +329,7 @@ class Router:
         Raises:
             SettingsError: a tokenizer or chat template cannot be read; nothing has changed then.
         """
-        same_prompts = prepared_by(settings) == prepared_by(self.settings)
+        same_prompts = built_from(settings) == built_from(self.settings)
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
@@ -364,51 +384,53 @@ class Router:
     def _block_tokens(self, model: str) -> int:
         return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
 
-    def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> SlotArray:
-        excluded = {self._replicas.slot(name) for name in exclude}
-        if candidates is None:
-            slots = self._replicas.serving(prompt.model)
-        else:
-            known = [slot for name in candidates if (slot := self._replicas.slot(name)) is not None]
-            slots = np.array(known, dtype=np.intp)
+    def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> Candidates:
+        replicas = self._replicas
+        among = replicas.serving(prompt.model) if candidates is None else replicas.among(candidates)
+        excluded = {replicas.slot(name) for name in exclude}
         if excluded:
-            slots = slots[[slot not in excluded for slot in slots.tolist()]]
-        if not len(slots):
+            among = replicas.at([slot for slot in among.slots if slot not in excluded])
+        if not among.slots:
             raise NoCandidates(f"no replica may serve model '{prompt.model}': none is configured, or all are excluded")
-        return slots
+        return among
 
     def _view(
-        self, prompt: Prompt, model: ModelState, hashes: bytes, slots: SlotArray, now: float, rng: random.Random
+        self, prompt: Prompt, model: ModelState, hashes: bytes, among: Candidates, now: float, rng: random.Random
     ) -> View:
-        flights = self._flights
+        flights, rows = self._flights, among.rows
         flights.release_unstreamed(now)
-        scale = 1.0 if prompt.exact else model.scale
-        tokens = len(prompt.tokens) * scale
-        held = self.engine_caches.held(prompt, model, hashes)
-        cached = np.array(
-            [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
-        )
-        ms_per_token = model.rates.ms_per_token(slots)
-        network_ms, doubt_ms = self._latency.price_ms(slots, now)
+        scale = model.scale_of(prompt)
+        tokens = len(prompt) * scale
+        held = self.engine_caches.held(prompt, model, hashes, self._replicas.rows)
+        cached = model.cached_tokens(held, len(prompt), scale)[rows]
+        uncached = tokens - cached
+        ms_per_token = model.rates.ms_per_token(rows)
+        network_ms, doubt_ms = self._latency.price_ms(rows, now)
+        prefill_ms = ms_per_token * uncached
+        prefill_ms += model.rates.overhead_ms(rows)
         return View(
-            names=[self._replicas[slot].name for slot in slots.tolist()],
+            names=among.names,
             network_ms=network_ms,
             doubt_ms=doubt_ms,
-            queue_ms=flights.backlog_ms(slots, ms_per_token, now),
-            prefill_ms=model.rates.overhead_ms(slots) + ms_per_token * (tokens - cached),
+            queue_ms=flights.backlog_ms(rows, ms_per_token, now),
+            prefill_ms=prefill_ms,
             cached_tokens=cached,
-            uncached_tokens=tokens - cached,
+            uncached_tokens=uncached,
             prompt_tokens=tokens,
-            load=lambda name: flights.column(name, slots),
-            gauge=lambda name: self._gauges.column(name, slots),
-            affinity=lambda: _affinity(prompt),
+            load=lambda name: flights.column(name, rows),
+            gauge=lambda name: self._gauges.column(name, rows),
+            affinity=prompt.affinity,
             weights=self._weights,
             rng=rng,
         )
 
-    def _tiers(self, slots: SlotArray, tried: set[int], now: float) -> list[int]:
+    def _tiers(self, among: Candidates, attempts: Sequence[tuple[int, int]], now: float) -> list[int] | None:
+        """Per candidate, as `pick` takes them."""
         unhealthy = self._health.unavailable(now)
-        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in slots.tolist()]
+        if not attempts and not unhealthy:
+            return None
+        tried = {slot for _, slot in attempts}
+        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in among.slots]
 
     def _open(
         self,
@@ -422,8 +444,7 @@ class Router:
         row: int,
         now: float,
     ) -> None:
-        ms_per_token = float(model.rates.ms_per_token(np.array([slot]))[0])
-        network_ms = float(view.network_ms[row])
+        network_ms = view.network_ms.item(row)
         flight = Flight(
             flight_id=flight_id,
             request_id=request_id,
@@ -433,25 +454,27 @@ class Router:
             exact=prompt.exact,
             dispatched_s=now,
             prompt_tokens=view.prompt_tokens,
-            own_tokens=len(prompt.tokens),
-            cached_tokens=float(view.cached_tokens[row]),
-            uncached_tokens=float(view.uncached_tokens[row]),
-            ahead_tokens=self._flights.ahead_tokens(slot, ms_per_token, now),
+            own_tokens=len(prompt),
+            cached_tokens=view.cached_tokens.item(row),
+            uncached_tokens=view.uncached_tokens.item(row),
+            ahead_tokens=self._flights.ahead_tokens(slot, model.rates.slot_ms_per_token(slot), now),
             network_ms=network_ms,
-            predicted_ms=network_ms + float(view.queue_ms[row] + view.prefill_ms[row]),
+            predicted_ms=network_ms + view.queue_ms.item(row) + view.prefill_ms.item(row),
             hashes=hashes,
             credit=model.index.credit(slot, hashes),
-            tellable=prompt.exact and not prompt.cache_key,
+            awaits_tokens=prompt.estimated_tokens > 0,
+            cache_key=prompt.cache_key,
         )
         self._flights.open(flight)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 
-    def _decision(self, request: str, flight_id: int, slots: SlotArray, view: View, choice: Choice) -> Decision:
-        chosen = self._replicas[int(slots[choice.row])]
-        ranked = [view.names[row] for row in choice.ranked]
-        costs = CostTable(view, choice.scores)
-        return Decision(request, flight_id, chosen.name, chosen.region, choice.reason, ranked, costs)
+    def _decision(
+        self, request: str, flight_id: int, slot: int, view: View, choice: Choice, prompt: Prompt
+    ) -> Decision:
+        chosen = self._replicas[slot]
+        reason = f"{choice.reason}{BY_ESTIMATE}" if prompt.estimated_tokens else choice.reason
+        return Decision(request, flight_id, chosen.name, chosen.region, reason, CostTable(view, choice))
 
     # The end of a flight; the lock is held
 
@@ -466,6 +489,7 @@ class Router:
             return None
         flight = self._flights.close(flight_id, now)
         assert flight is not None
+        flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:
@@ -482,6 +506,8 @@ class Router:
             return
         flight.learned = True
         own = flight.learned_uncached_tokens
+        if own is None and flight.awaits_tokens:
+            return
         work = flight.ahead_tokens + (flight.uncached_tokens if own is None else own)
         service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
         self._model(flight.model).rates.observe(flight.slot, work, service_ms)
@@ -489,10 +515,3 @@ class Router:
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
             self.sweep()
-
-
-def _affinity(prompt: Prompt) -> bytes:
-    """What stays the same over a session: its key, else the first 256 tokens (paper v2's simple session affinity)."""
-    if prompt.affinity_key is not None:
-        return prompt.affinity_key.encode("utf-8", "surrogatepass")
-    return prompt.tokens[:256].tobytes()

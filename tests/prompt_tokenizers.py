@@ -80,6 +80,28 @@ def chatml() -> Tokenizer:
     return tokenizer
 
 
+def composed() -> Tokenizer:
+    """ChatML's special tokens over text in composed form (NFC), in the style of Qwen."""
+    tokenizer = chatml()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def converted() -> Tokenizer:
+    """Llama-3's special tokens; merges as they are made of tiktoken's ranks: every pair that joins to an entry."""
+    state = json.loads(headers().to_str())
+    special = {token["content"] for token in state["added_tokens"]}
+    vocabulary = {token: id for token, id in state["model"]["vocab"].items() if token not in special}
+    state["model"]["merges"] = [
+        [token[:at], token[at:]]
+        for token in sorted(vocabulary, key=vocabulary.__getitem__)
+        for at in range(1, len(token))
+        if token[:at] in vocabulary and token[at:] in vocabulary
+    ]
+    state["model"]["ignore_merges"] = True
+    return Tokenizer.from_str(json.dumps(state))
+
+
 def headers() -> Tokenizer:
     """Llama-3's special tokens; the tokenizer itself puts a BOS before raw text."""
     tokens = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

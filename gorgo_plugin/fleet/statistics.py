@@ -88,11 +88,17 @@ def ttft_ratio(ours: Sequence[Outcome], theirs: Sequence[Outcome], percentile: f
     ]
     if not pairs:
         return None
-    both: NDArray[np.float64] = np.array(pairs).T
+    own_ms, other_ms = zip(*pairs, strict=True)
+    return percentile_ratio(own_ms, other_ms, percentile, seed)
+
+
+def percentile_ratio(own: Sequence[float], other: Sequence[float], percentile: float, seed: int = 0) -> Ratio:
+    """The percentile of one run over that of another of as many values, with a bootstrap interval over the pairs."""
+    both: NDArray[np.float64] = np.array([own, other], dtype=np.float64)
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, both.shape[1], (RESAMPLES, both.shape[1]))
-    own, other = (np.percentile(run[drawn], percentile, axis=1) for run in both)
-    low, high = np.percentile(own / other, _INTERVAL)
+    own_drawn, other_drawn = (np.percentile(run[drawn], percentile, axis=1) for run in both)
+    low, high = np.percentile(own_drawn / other_drawn, _INTERVAL)
     value = np.percentile(both[0], percentile) / np.percentile(both[1], percentile)
     return Ratio(float(value), float(low), float(high))
 

@@ -16,6 +16,7 @@ from gorgo_plugin.litellm_strategy.calls import Call, read_call
 from gorgo_plugin.litellm_strategy.deployments import Deployment, Seat, deployment_id
 from gorgo_plugin.litellm_strategy.ledger import Ledger, LiteLLMAttempt, Request
 from gorgo_plugin.runtime import Runtime
+from gorgo_plugin.runtime.threads import LatePrompt
 
 if TYPE_CHECKING:
     from gorgo_plugin.litellm_strategy.adapter import Adapter
@@ -128,7 +129,8 @@ class _Choice:
         if call is None:
             self.left_to_litellm("no-prompt")
             return None
-        self._prompt = self._request.prompts.get((call.endpoint, self.model))
+        prompt = self._request.prompts.get((call.endpoint, self.model))
+        self._prompt = prompt.latest() if isinstance(prompt, LatePrompt) else prompt
         return call if self._prompt is None else None
 
     def body(self, call: Call) -> Mapping[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 from gorgo_plugin.signals.columns import FloatArray
 
+Number = TypeVar("Number", float, FloatArray)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class View:
     """What a policy may look at: one row per candidate replica, arrays of shape (candidates,).
 
@@ -72,14 +74,21 @@ class View:
 
     @property
     def total_ms(self) -> FloatArray:
-        """`W_rtt * (network + doubt) + W_queue * queue + prefill`: paper v2, eq. 3, every term in milliseconds."""
-        w_rtt, w_queue = self.weights
-        return w_rtt * (self.network_ms + self.doubt_ms) + w_queue * self.queue_ms + self.prefill_ms
+        """As `total_ms`, per candidate."""
+        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms)
 
     def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
         """An engine gauge, or this router's own count where the engine was never read."""
         values = self.gauge(name)
         return np.where(np.isnan(values), own, values)
+
+
+def total_ms(
+    weights: tuple[float, float], network_ms: Number, doubt_ms: Number, queue_ms: Number, prefill_ms: Number
+) -> Number:
+    """`W_rtt * (network + doubt) + W_queue * queue + prefill`: paper v2, eq. 3, every term in milliseconds."""
+    w_rtt, w_queue = weights
+    return w_rtt * (network_ms + doubt_ms) + w_queue * queue_ms + prefill_ms
 
 
 class Policy:

@@ -1,6 +1,6 @@
 """Which replica holds how much of a prompt: block hashes, the bounded index over them, and the engines' own word."""
 
-from gorgo_plugin.prefix.blocks import HASH_BYTES, BlockHasher
+from gorgo_plugin.prefix.blocks import HASH_BYTES, BlockHasher, Blocks, block_hasher
 from gorgo_plugin.prefix.engine_blocks import AllBlocksCleared, BlockRemoved, BlockStored, EngineBlocks, KvEvent
 from gorgo_plugin.prefix.index import Credit, PrefixIndex
 
@@ -10,8 +10,10 @@ __all__ = [
     "BlockHasher",
     "BlockRemoved",
     "BlockStored",
+    "Blocks",
     "Credit",
     "EngineBlocks",
     "KvEvent",
     "PrefixIndex",
+    "block_hasher",
 ]

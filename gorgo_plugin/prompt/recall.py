@@ -20,7 +20,7 @@ import numpy as np
 from gorgo_plugin.prompt.cache import Key, SegmentCache
 from gorgo_plugin.prompt.cuts import CHUNK_CHARS, LONG_CHARS, PIECE_CHARS
 from gorgo_plugin.prompt.model import PromptModel
-from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
+from gorgo_plugin.prompt.vocabulary import Ids, Spread, Vocabulary, read_only
 
 EMPTY: Ids = read_only(np.empty(0, dtype=np.uint32))
 
@@ -76,10 +76,12 @@ class Recalled:
         self._cold = dict(chain.from_iterable(part.cold() for part in parts if isinstance(part, _Chunk)))
         self.cold_chars = sum(map(len, self._cold.values()))
 
-    def ids(self) -> Ids:
+    def ids(self, spread: Spread = map) -> Ids:
         """The ids of the whole; what is missing is tokenized, without the GIL where it is much, and remembered."""
         cold = self._cold
-        fresh = dict(zip(cold, self._vocabulary.encode(list(cold.values())), strict=True)) if cold else {}
+        fresh = dict(zip(cold, self._vocabulary.encode(list(cold.values()), spread), strict=True)) if cold else {}
+        if cold:
+            self._vocabulary.count(self.cold_chars, sum(map(len, fresh.values())))
         remembered = list(fresh.items())
         ids: list[Ids] = []
         for part in self._parts:
@@ -92,6 +94,41 @@ class Recalled:
             ids += pieces
         self._cache.put_many(remembered)
         return joined_ids(ids)
+
+    def estimate(self) -> tuple[Ids, int]:
+        """(ids of what was seen before, up to the first text still to be tokenized; how many are thought to follow)."""
+        before: list[Ids] = []
+        chars = after = 0
+        for part in self._parts:
+            for piece, ids in zip(part.pieces, part.ids, strict=True) if isinstance(part, _Chunk) else [(None, part)]:
+                if ids is None:
+                    assert piece is not None
+                    chars += piece.key[1]
+                elif chars:
+                    after += len(ids)
+                else:
+                    before.append(ids)
+        return joined_ids(before) if before else EMPTY, after + round(chars / self._vocabulary.chars_per_token)
+
+
+class GoneOn:
+    """A prompt that goes on from known ids with a little text, which is not looked up: it was hardly seen before."""
+
+    __slots__ = ("_known", "_text", "_vocabulary", "cold_chars")
+
+    def __init__(self, known: Ids, text: str, vocabulary: Vocabulary) -> None:
+        self._known = known
+        self._text = text
+        self._vocabulary = vocabulary
+        self.cold_chars = len(text)
+
+    def ids(self, spread: Spread = map) -> Ids:
+        """The ids of the whole."""
+        return joined_ids([self._known, *self._vocabulary.encode([self._text], spread)])
+
+    def estimate(self) -> tuple[Ids, int]:
+        """(the known ids, how many are thought to follow)."""
+        return self._known, round(self.cold_chars / self._vocabulary.chars_per_token)
 
 
 class Recall:
@@ -111,6 +148,13 @@ class Recall:
             else:
                 parts.append(stretch)
         return Recalled(parts, model.vocabulary, self._cache)
+
+    def go_on(self, model: PromptModel, known: Ids, stretches: Sequence[Stretch]) -> Recalled | GoneOn:
+        """As `look_up`, of a prompt that begins with known ids."""
+        only = stretches[0] if len(stretches) == 1 else None
+        if isinstance(only, list) and sum(map(len, only)) <= LONG_CHARS:
+            return GoneOn(known, "".join(only), model.vocabulary)
+        return self.look_up(model, [known, *stretches])
 
     def _text(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:
         *whole, (last, end) = model.chunks(text)

@@ -12,21 +12,28 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
+from gorgo_plugin.prompt.byte_level import ByteLevelEncoder, NotTheSame, encoder_for
 from gorgo_plugin.prompt.cuts import cut_text
 from gorgo_plugin.prompt.words import Words
 
 Ids = NDArray[np.uint32]
+Spread = Callable[[Callable[[list[str]], list["Ids"]], Iterable[list[str]]], Iterable[list["Ids"]]]
+"""Like `map`, of batches of texts; that of an executor tokenizes them at the same time."""
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
 SPECIALS_PROBED = 12  # those of turns are among the first; some vocabularies reserve hundreds
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
+CHARS_PER_TOKEN = 4.0  # of English in the usual vocabularies, until text was tokenized
+COUNTED_TOKENS = 1000.0  # what that counts as
+COUNTED_TOKENS_MOST = 1_000_000.0  # beyond, what came before counts half
 SMALL_CHARS = 8 * 1024  # fewer are tokenized in this thread: waking the tokenizer's pool takes 0.4 ms of CPU
 _SPACE_IN_TOKEN = re.compile(r"[!-~] ([A-Za-z]|$)")
 _VISIBLE = string.ascii_letters + string.digits + string.punctuation
@@ -65,26 +72,60 @@ _WORD_BEGINNINGS = ("a", "I", "Hello", "s", "re the", "x1", "Zß", "a\u0301", "b
 
 
 class Vocabulary:
-    """A tokenizer without truncation and padding. Thread-safe."""
+    """A tokenizer without truncation and padding. Thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer, source: str, number: int = 0) -> None:
-        """`number` tells the vocabularies of one builder apart."""
+    Attributes:
+        source: where it was read.
+        number: tells the vocabularies of one builder apart.
+        encoder: what tokenizes, and why it is not tiktoken where it is not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str, number: int = 0, fastest: bool = True) -> None:
+        """With `fastest` tiktoken tokenizes where it gives the same ids."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.source = source
         self.number = number
+        self._counted = (CHARS_PER_TOKEN * COUNTED_TOKENS, COUNTED_TOKENS)
+        self.encoder, self._fast = _chosen(tokenizer) if fastest else ("tokenizers", None)
 
     @property
     def size(self) -> int:
         """Entries, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text, read-only; no special token is added. Much text releases the GIL, little does not."""
+    @property
+    def chars_per_token(self) -> float:
+        """Of the text tokenized lately."""
+        chars, tokens = self._counted
+        return chars / tokens
+
+    def count(self, chars: int, tokens: int) -> None:
+        """So many characters of text were so many tokens; of two threads at a time one may go uncounted."""
+        share = 0.5 if self._counted[1] > COUNTED_TOKENS_MOST else 1.0
+        self._counted = self._counted[0] * share + chars, self._counted[1] * share + tokens
+
+    def encode(self, texts: Sequence[str], spread: Spread = map) -> list[Ids]:
+        """Token ids of each text, read-only; no special token is added.
+
+        With tiktoken the GIL is released for each text, and much text goes through `spread` in batches. `tokenizers`
+        uses threads of its own for much text, and releases the GIL for that alone.
+        """
+        if self._fast is not None:
+            if sum(map(len, texts)) <= BATCH_CHARS:
+                return self._encode_fast(texts)
+            return [*chain.from_iterable(spread(self._encode_fast, _batches(texts)))]
         if sum(map(len, texts)) > SMALL_CHARS:
             return self._encode_batches(texts)
         return [self._words.ids(text) for text in texts] if self.cuts_spaces else [*map(self._encode_one, texts)]
+
+    def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
+        assert self._fast is not None
+        if len(texts) > 1 and (batch := self._fast.batch(texts)) is not None:
+            return batch
+        found = map(self._fast.ids, texts)
+        return [self._encode_batches([text])[0] if ids is None else ids for text, ids in zip(texts, found, strict=True)]
 
     @cached_property
     def _words(self) -> Words:
@@ -191,6 +232,15 @@ class Vocabulary:
             np.array_equal(whole, np.concatenate([next(parts) for _ in pieces]) if pieces else whole)
             for whole, pieces in zip(wholes, probes, strict=True)
         )
+
+
+def _chosen(tokenizer: Tokenizer) -> tuple[str, ByteLevelEncoder | None]:
+    """(what tokenizes, tiktoken's encoder where it is that)."""
+    try:
+        fast = encoder_for(tokenizer)
+    except NotTheSame as reason:
+        return f"tokenizers ({reason})", None
+    return fast.name, fast
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

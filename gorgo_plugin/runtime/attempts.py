@@ -7,6 +7,7 @@ import time
 from gorgo_plugin.decision import Cost, Decision, Prompt
 from gorgo_plugin.runtime.outcomes import Usage
 from gorgo_plugin.runtime.runtime import Runtime
+from gorgo_plugin.runtime.threads import LatePrompt
 
 
 class Attempt:
@@ -32,6 +33,8 @@ class Attempt:
         self._started_s = time.monotonic()
         self._began = False
         self._usage_seen = False
+        if isinstance(prompt, LatePrompt):
+            prompt.attach(self._router, self.flight_id)
 
     @property
     def runtime(self) -> Runtime:

@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import operator
 import os
 import secrets
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
 
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.errors import PromptError, SettingsError
 from gorgo_plugin.policies import POLICIES
+from gorgo_plugin.prompt import Plan
 from gorgo_plugin.prompt.endpoints import CHAT
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
@@ -28,9 +30,11 @@ from gorgo_plugin.runtime.kv_events import KvEventJob, KvWatch, check_installed
 from gorgo_plugin.runtime.metrics import Metrics, Reading
 from gorgo_plugin.runtime.probes import ProbeJob, Watch
 from gorgo_plugin.runtime.scraper import ScrapeJob
+from gorgo_plugin.runtime.threads import LatePrompt, PromptThreads
 from gorgo_plugin.settings import Settings
 
 Body = bytes | Mapping[str, Any]
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ PLAN_INLINE_CHARS = 256 * 1024
 _turn = operator.itemgetter("role", "content")
 OBJECT_CHARS = 64  # what a small object takes to read, in characters of text that would take as long
 STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
+FLUSH_EVERY_S = 1.0
 SWEEPS_PER_TTL = 10  # a lost flight is released at most a tenth of its time to live late
 
 
@@ -69,7 +74,7 @@ class Runtime:
         self.settings_error: str | None = None
         self.started_s = time.monotonic()
         self._jobs: dict[Hashable, ProbeJob | ScrapeJob | KvEventJob] = {}
-        self._executor: ThreadPoolExecutor | None = None
+        self._threads: PromptThreads | None = None
         self._stopped = False
         self._background = Background(f"gorgo-{gateway}")
         # A gateway that drops its router without stopping it leaves no thread behind: nothing below holds this object.
@@ -91,35 +96,45 @@ class Runtime:
         self._stopped = True
         self._background.request_stop()
         self.metrics.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)  # prompts under way are finished
+        if self._threads is not None:
+            self._threads.close()
         if not self._background.join(STOP_TIMEOUT_S):
             _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
 
     async def prepare(
-        self, body: Body, endpoint: str, model: str | None = None, waiting: Callable[[], None] | None = None
+        self,
+        body: Body,
+        endpoint: str,
+        model: str | None = None,
+        waiting: Callable[[], None] | None = None,
+        estimate: bool = True,
     ) -> Prompt:
         """Turn a request body into a prompt; long work is done in a thread, so that the event loop is not held.
 
-        `waiting` is called when that happens.
+        `waiting` is called when that happens. Where far more text is unseen than a request should wait for, and with
+        `estimate`, the length of that is estimated and the prompt is a `LatePrompt`.
 
         Raises:
             PromptError: the body holds no prompt.
         """
         started = time.perf_counter()
         where: Literal["inline", "executor"] = "inline"
+        settings, read = self.settings.prepare, functools.partial(self.router.builder.plan, body, endpoint, model)
         try:
             if longer_than(body, PLAN_INLINE_CHARS):
                 where = "executor"
-                whole = functools.partial(self.router.prepare, body, endpoint, model)
-                prompt = await self._in_thread(whole, waiting)
+                plan = await self._in_thread(
+                    lambda threads: threads.read(lambda pause: read(pause=pause)), read, waiting
+                )
             else:
-                plan = self.router.builder.plan(body, endpoint, model)
-                if plan.cold_chars <= self.settings.prepare.inline_chars:
-                    prompt = plan.finish()
-                else:
-                    where = "executor"
-                    prompt = await self._in_thread(plan.finish, waiting)
+                plan = read()
+            if estimate and plan.cold_chars > (settings.estimate_above_chars or math.inf):
+                prompt = self._later(plan)
+            elif plan.cold_chars <= settings.inline_chars:
+                prompt = plan.finish()
+            else:
+                where = "executor"
+                prompt = await self._in_thread(lambda threads: threads.finish(plan), plan.finish, waiting)
         except PromptError:
             self.metrics.prompt_error(model or "")
             raise
@@ -156,7 +171,7 @@ class Runtime:
             self.refuse(str(error))
             raise
         if settings.prepare.threads != self.settings.prepare.threads:
-            self._executor = None  # its threads end once the prompts under way are finished
+            self._threads = None  # they end once the prompts under way are finished
         self.settings, self.settings_error = settings, None
         self.metrics.set_settings(settings)
         self._watch_replicas()
@@ -184,7 +199,7 @@ class Runtime:
             PromptError: the body holds no prompt.
             NoCandidates: no replica serves the model.
         """
-        prompt = await self.prepare(body, endpoint, model)
+        prompt = await self.prepare(body, endpoint, model, estimate=False)
         return {
             "gateway": self.gateway,
             "worker": os.getpid(),
@@ -199,20 +214,29 @@ class Runtime:
             if job.replica.name == replica and isinstance(key, tuple):
                 yield key[0], job.watch
 
-    async def _in_thread(self, work: Callable[[], Prompt], waiting: Callable[[], None] | None) -> Prompt:
+    async def _in_thread(
+        self, start: Callable[[PromptThreads], Future[T]], inline: Callable[[], T], waiting: Callable[[], None] | None
+    ) -> T:
+        """What the threads make of the work they are started on; done `inline` once they are stopped."""
         if self._stopped:
-            return work()
+            return inline()
         if waiting is not None:
             waiting()
-        executor = self._executor
-        if executor is None:
-            executor = ThreadPoolExecutor(self.settings.prepare.threads, thread_name_prefix="gorgo-prepare")
-            self._executor = executor
         try:
-            future = asyncio.get_running_loop().run_in_executor(executor, work)
+            future = start(self._started_threads())
         except RuntimeError:  # stopped by another thread just now
-            return work()
-        return await future
+            return inline()
+        return await asyncio.wrap_future(future)
+
+    def _later(self, plan: Plan) -> Prompt:
+        estimated = plan.estimate()
+        whole = None if self._stopped else self._started_threads().later(plan)
+        return estimated if whole is None else LatePrompt(estimated, whole)
+
+    def _started_threads(self) -> PromptThreads:
+        if self._threads is None:
+            self._threads = PromptThreads(self.settings.prepare.threads)
+        return self._threads
 
     def _watch_replicas(self) -> None:
         """Probe and scrape exactly the replicas of the settings; those that stay as they are keep their jobs."""
@@ -240,6 +264,7 @@ class Runtime:
         wanted: dict[Hashable, Job] = {key: job.run for key, job in jobs.items()}
         pause_s = settings.flight_ttl_s / SWEEPS_PER_TTL
         wanted["sweep", pause_s] = functools.partial(_sweep, router, pause_s)
+        wanted["flush"] = functools.partial(_flush, metrics)
         self._background.want(wanted)
 
 
@@ -258,6 +283,7 @@ def longer_than(body: Body, limit_chars: int) -> bool:
         elif isinstance(value, list | tuple):
             texts = _texts(value)
             left -= sum(map(len, texts)) + OBJECT_CHARS * len(texts) if texts else len(value)
+            left -= OBJECT_CHARS * bool(value and isinstance(value[0], list))  # lists in lists, however deep
             if not texts and value and not isinstance(value[0], int):  # token ids: as many as the list is long
                 stack.extend(value)
     return left < 0
@@ -265,6 +291,8 @@ def longer_than(body: Body, limit_chars: int) -> bool:
 
 def _texts(messages: Sequence[Any]) -> list[str]:
     """The contents of messages that hold a role and a text, as most do, without a loop in Python; else nothing."""
+    if not messages or not isinstance(messages[0], dict):
+        return []
     try:
         contents, fields = [content for _, content in map(_turn, messages)], {*map(len, messages)}
     except (TypeError, KeyError, IndexError):
@@ -286,6 +314,13 @@ async def _sweep(router: Router, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
         if lost := router.sweep():
             _log.warning("gorgo: released %d flights that nothing had ended", lost)
+
+
+async def _flush(metrics: Metrics) -> None:
+    """Count events also where nobody asks this process: in multi-process mode the counts are read from files."""
+    while True:
+        await asyncio.sleep(FLUSH_EVERY_S)
+        metrics.flush()
 
 
 def _readings(runtime: weakref.ref[Runtime]) -> Iterable[Reading]:

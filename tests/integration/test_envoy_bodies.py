@@ -172,7 +172,8 @@ def test_while_a_long_prompt_is_tokenized_others_are_routed(gateway: Gateway) ->
 
 
 def test_a_prompt_that_takes_longer_than_envoy_waits_is_served_unrouted(gateway: Gateway, engines: Engines) -> None:
-    gateway.reload(envoy={"message_timeout_s": 0.25, "max_message_timeout_s": 0.25})
+    waits = {"estimate_above_chars": None, "encoder": "tokenizers"}
+    gateway.reload(envoy={"message_timeout_s": 0.25, "max_message_timeout_s": 0.25}, prepare=waits)
     abandoned = gateway.metric("gorgo_fallbacks_total", reason="abandoned")
     try:
         body = chat(5_000_000, 11)
@@ -181,5 +182,15 @@ def test_a_prompt_that_takes_longer_than_envoy_waits_is_served_unrouted(gateway:
         assert "x-gorgo-replica" not in answer.headers
         assert [*engines[0].bodies, *engines[1].bodies] == [body]
         assert gateway.metric("gorgo_fallbacks_total", reason="abandoned") == abandoned + 1
+    finally:
+        gateway.reload()
+
+
+def test_a_very_long_prompt_is_routed_on_an_estimate_within_what_envoy_waits(gateway: Gateway) -> None:
+    gateway.reload(envoy={"message_timeout_s": 0.25, "max_message_timeout_s": 0.25})
+    try:
+        assert "x-gorgo-replica" in gateway.post(chat(5_000_000, 12)).headers
+        reasons = ("only-candidate-by-estimate", "cheapest-by-estimate", "near-tie-by-estimate")
+        assert sum(gateway.metric("gorgo_decisions_total", reason=reason) for reason in reasons) >= 1
     finally:
         gateway.reload()

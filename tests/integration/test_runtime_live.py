@@ -273,7 +273,7 @@ async def test_a_long_cold_prompt_does_not_hold_the_event_loop(listener: int, ki
                 lags.append(time.perf_counter() - before)
 
         ticker = asyncio.create_task(tick())
-        prompt = await runtime.prepare(body, CHAT)
+        prompt = await runtime.prepare(body, CHAT, estimate=False)
         ticker.cancel()
         assert len(prompt) > 100_000
         assert sorted(lags)[len(lags) * 9 // 10] < 0.03
@@ -320,7 +320,10 @@ async def test_an_unreadable_body_is_counted_and_raised(listener: int) -> None:
         ({"messages": [{"role": "user", "content": "x" * 87}] * 2}, True),
         ({"messages": [{"content": "x", "tool_calls": ["y" * 300]}]}, True),
         ({"prompt": list(range(300))}, False),
-        ({"prompt": [list(range(160)), list(range(160))]}, True),
+        ({"prompt": [list(range(120)), list(range(120))]}, True),
+        ({"prompt": [list(range(100)), list(range(100))]}, False),
+        ({"prompt": [[[[[]]]]]}, False),
+        ({"prompt": [[[[[[]]]]]]}, True),
         ({"n": 10**200, "none": None}, False),
         ({"tools": [{}] * 5}, True),
     ],

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gorgo_plugin import Prompt, PromptError, Settings
 from gorgo_plugin.prompt import ENDPOINTS, PromptBuilder
+from gorgo_plugin.prompt.builder import well_formed
 
 TEMPLATE = (
     "{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content | trim }}{{ m.name }}"
@@ -103,3 +104,8 @@ def test_any_json_is_a_prompt_or_a_clear_error(body: Any, endpoint: str) -> None
 def test_any_bytes_are_a_prompt_or_a_clear_error(body: bytes, endpoint: str) -> None:
     check(body, endpoint)
     check(b'{"messages": [{"role": "user", "content": "' + body + b'"}]}', endpoint)
+
+
+@given(text=st.text(st.sampled_from("aé漢🙂\ud800\udbff\udc00\udfff"), max_size=12))
+def test_lone_surrogates_are_replaced_as_a_codec_would(text: str) -> None:
+    assert well_formed(text) == text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -22,9 +22,10 @@ from tests import prompt_tokenizers as small
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 STYLES = {
     "chatml": (small.chatml, small.CHATML),
-    "rewrites earlier turns": (small.chatml, small.FORGETS_THOUGHTS),
+    "chatml by tokenizers": (small.chatml, small.CHATML),
+    "rewrites earlier turns": (small.composed, small.FORGETS_THOUGHTS),
     "older byte level": (small.older_byte_level, small.CHATML),
-    "headers": (small.headers, small.HEADERS),
+    "headers": (small.converted, small.HEADERS),
     "prefix space everywhere": (lambda: small.prefix_space("normalizer"), small.BRACKETS),
     "prefix space first": (lambda: small.prefix_space("first"), small.BRACKETS),
     "cannot be cut": (lambda: small.prefix_space("normalizer", normalized=True), small.BRACKETS),
@@ -74,7 +75,9 @@ def style(name: str) -> tuple[PromptBuilder, Tokenizer, Any]:
     tokenizer = make()
     with TemporaryDirectory() as folder:
         path = small.save(Path(folder), tokenizer, template, **TOKENS)
-        builder = PromptBuilder(Settings.model_validate({"tokenizer": path}), secret=b"test")
+        encoder = "tokenizers" if "by tokenizers" in name else "fastest"
+        given = {"tokenizer": path, "prepare": {"encoder": encoder}}
+        builder = PromptBuilder(Settings.model_validate(given), secret=b"test")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     return builder, tokenizer, environment.from_string(template)
 
@@ -84,10 +87,11 @@ def style(name: str) -> tuple[PromptBuilder, Tokenizer, Any]:
 @given(messages=MESSAGES)
 def test_a_chat_gives_the_ids_of_the_whole(name: str, messages: list[dict[str, str]]) -> None:
     builder, tokenizer, template = style(name)
-    text = template.render(messages=messages, add_generation_prompt=True, **TOKENS)
-    expected = tokenizer.encode(text, add_special_tokens=False).ids
-    for _ in range(2):  # the second time from the cache
-        assert builder.prepare({"messages": messages}, "/v1/chat/completions").tokens.tolist() == expected
+    for count in (len(messages) // 2 + 1, len(messages), len(messages)):  # it grows, and comes again
+        asked = messages[:count]
+        text = template.render(messages=asked, add_generation_prompt=True, **TOKENS)
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert builder.prepare({"messages": asked}, "/v1/chat/completions").tokens.tolist() == expected
     assert builder.plan({"messages": messages}, "/v1/chat/completions").cold_chars == 0
 
 

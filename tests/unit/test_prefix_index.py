@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from gorgo_plugin.prefix import HASH_BYTES, BlockHasher, PrefixIndex
-from gorgo_plugin.prefix.index import MAX_WALK_NODES, RETIRED_BLOCKS_PER_CREDIT
+from gorgo_plugin.prefix.index import MAX_STAMPS, MAX_WALK_NODES, RETIRED_BLOCKS_PER_CREDIT
 
 
 def path(*blocks: int) -> bytes:
@@ -168,3 +168,16 @@ def test_no_two_of_many_similar_blocks_collide() -> None:
     distinct = len(np.unique(blocks, axis=0))
     hashes = np.frombuffer(BlockHasher(16, b"s").hashes(blocks.reshape(-1)), dtype=np.uint64)
     assert len(np.unique(hashes)) == distinct
+
+
+def test_a_credit_along_very_many_branches_stays_small_and_can_be_corrected() -> None:
+    index, blocks = index_of(replicas=1, blocks=100_000), MAX_STAMPS * 4 + 100
+    trunk = path(*range(blocks))
+    for end in range(1, blocks, 2):
+        index.credit(0, trunk[: end * HASH_BYTES] + path(10_000 + end))
+    credit = index.credit(0, trunk)
+    assert len(credit.stamps) <= MAX_STAMPS
+    assert credit.stamps[-1][0] == credit.had_blocks == blocks - 1
+    assert list(credit.stamps) == sorted(credit.stamps)
+    assert index.correct(credit, 100) > 0
+    assert index.match(trunk)[0] <= blocks

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_describe_tells_where_each_models_prompts_come_from(tmp_path: Path) -> N
     assert described["models"][""]["tokenizer"] == "embedded"
     assert described["models"]["m"] == {
         "tokenizer": f"{folder}/tokenizer.json",
+        "encoder": f"tiktoken {version('tiktoken')}",
         "vocabulary_size": small.chatml().get_vocab_size(),
         "chat_template": f"{folder}/tokenizer.json (its folder)",
         "tokenized": "by-segment",

@@ -363,7 +363,7 @@ def test_slots_are_used_again_but_not_while_a_flight_is_open(router: Router) -> 
         router.set_replicas([ReplicaSettings.model_validate(replica(f"r{round_}-{n}")) for n in range(3)])
         router.finish(flight)
         assert at_rest(router)
-    assert router._replicas._rows <= 9
+    assert router._replicas.rows <= 9
 
 
 def test_a_snapshot_is_plain_json_and_another_router_can_start_from_it(router: Router, clock: Clock) -> None:
@@ -424,3 +424,109 @@ def test_threads_may_use_one_router_together(router: Router) -> None:
         thread.join()
     assert at_rest(router)
     assert router.snapshot()["counters"]["routed"] == 800
+
+
+def long_prompt(known: int = 0, **more: Any) -> tuple[Prompt, np.ndarray]:
+    """A prompt of 8,000 tokens of which `known` are there and the others thought to be 10,000, and its tokens."""
+    tokens = np.arange(50_000, 58_000)
+    return Prompt(tokens[:known], estimated_tokens=10_000, **more), tokens
+
+
+def load(router: Router, name: str) -> dict[str, float]:
+    return router.snapshot()["replicas"][name]["load"]
+
+
+def test_an_estimated_prompt_is_priced_by_its_estimate_and_the_reason_says_so(router: Router) -> None:
+    estimated, _ = long_prompt(known=160)
+    assert (len(estimated), estimated.exact) == (10_160, False)
+    decision = router.route(estimated)
+    assert decision.reason == "cheapest-by-estimate"
+    assert router.explain(estimated).reason.endswith("-by-estimate")
+    assert decision.costs["us"].uncached_tokens == 10_160
+    assert load(router, "us")["queued_tokens"] == 10_160
+
+
+def test_attached_tokens_put_counts_and_credit_right(router: Router) -> None:
+    estimated, tokens = long_prompt(known=160)
+    first = router.route(prompt(length=1000))
+    decision = router.route(estimated, ["us"])
+    router.attach(decision.flight_id, tokens)
+    assert load(router, "us")["queued_tokens"] == 9000
+    assert router.explain(Prompt(tokens)).costs["us"].cached_tokens == 7984
+    router.first_token(first.flight_id)
+    assert load(router, "us")["queued_tokens"] == 8000
+    router.first_token(decision.flight_id)
+    router.finish(first.flight_id)
+    router.finish(decision.flight_id)
+    assert at_rest(router)
+
+
+def test_attaching_finds_what_the_replica_had_but_not_what_the_flight_itself_brought(router: Router) -> None:
+    estimated, tokens = long_prompt()
+    router.finish(router.route(Prompt(tokens[:4000]), ["us"]).flight_id)
+    decision = router.route(estimated, ["us"])
+    router.attach(decision.flight_id, tokens)
+    assert load(router, "us")["queued_tokens"] == 4000
+    estimated, _ = long_prompt(known=4800)
+    router.attach(router.route(estimated, ["eu"]).flight_id, tokens)
+    assert load(router, "eu")["queued_tokens"] == 8000
+
+
+def test_tokens_are_attached_once_and_only_where_they_were_estimated(router: Router) -> None:
+    estimated, tokens = long_prompt()
+    decision, exact = router.route(estimated, ["us"]), router.route(prompt(length=320), ["eu"])
+    router.attach(decision.flight_id, tokens)
+    router.attach(decision.flight_id, tokens[:100])
+    router.attach(exact.flight_id, tokens)
+    assert (load(router, "us")["queued_tokens"], load(router, "eu")["queued_tokens"]) == (8000, 320)
+    router.attach(4711, tokens)
+    assert router.snapshot()["counters"]["unknown_flights"] == 1
+    with pytest.raises(PromptError):
+        router.attach(router.route(long_prompt()[0]).flight_id, [-1])
+
+
+@pytest.mark.parametrize("end", ["finish", "fail"])
+def test_tokens_that_come_after_the_end_change_nothing(router: Router, end: str) -> None:
+    estimated, tokens = long_prompt()
+    decision = router.route(estimated, ["us"])
+    router.first_token(decision.flight_id)
+    router.finish(decision.flight_id) if end == "finish" else router.fail(decision.flight_id, "timeout")
+    router.attach(decision.flight_id, tokens)
+    assert at_rest(router)
+    assert router.explain(Prompt(tokens)).costs["us"].cached_tokens == 0
+
+
+def test_tokens_follow_a_flight_that_was_moved(router: Router) -> None:
+    estimated, tokens = long_prompt(known=160)
+    decision = router.route(estimated, ["us"])
+    router.moved(decision.flight_id, "eu")
+    router.attach(decision.flight_id, tokens)
+    costs = router.explain(Prompt(tokens)).costs
+    assert (costs["us"].cached_tokens, costs["eu"].cached_tokens) == (0, 7984)
+    assert (load(router, "us")["queued_tokens"], load(router, "eu")["queued_tokens"]) == (0, 8000)
+    router.fail(decision.flight_id, "disconnect")
+    assert router.explain(Prompt(tokens)).costs["eu"].cached_tokens == 0
+
+
+def test_tokens_that_come_after_the_first_one_count_as_decoding(clock: Clock) -> None:
+    router = build(clock, policy="gorgo-v1-proxy")  # prices prompts under way, decoding ones too
+    estimated, tokens = long_prompt()
+    decision = router.route(estimated, ["us"])
+    router.first_token(decision.flight_id)
+    by_estimate = router.explain(prompt()).costs["us"].score
+    router.attach(decision.flight_id, tokens)
+    assert router.explain(prompt()).costs["us"].score < by_estimate
+    router.finish(decision.flight_id)
+    assert at_rest(router)
+
+
+def test_nothing_is_learned_from_an_estimated_length(router: Router, clock: Clock) -> None:
+    estimated, _ = long_prompt()
+    decision, other = router.route(estimated, ["us"]), router.route(estimated, ["eu"])
+    router.usage(decision.flight_id, prompt_tokens=8000)
+    clock.now_s += 5.0
+    router.first_token(other.flight_id)
+    router.finish(other.flight_id)
+    known = router.snapshot()
+    assert known["models"][""]["token_scale"] == 1.0
+    assert known["replicas"]["eu"]["models"][""]["samples"] == 0
