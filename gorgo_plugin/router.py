@@ -489,12 +489,13 @@ class Router:
             return None
         flight = self._flights.close(flight_id, now)
         assert flight is not None
+        if answered:
+            self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
-            self.engine_caches.answered(flight)
             self._learn(flight)
         elif flight.first_token_s is None and flight.credit is not None:
             self._model(flight.model).index.revoke(flight.credit)

@@ -220,7 +220,15 @@ def test_gauges_keep_their_age_and_derive_used_tokens() -> None:
     table.grow(2)
     table.observe(0, EngineGauges(running=3, waiting=1, kv_usage=0.25), kv_tokens=1000, now_s=5.0)
     assert table.column("used_tokens", ONE)[0] == 250.0
-    assert table.describe(0, 8.0) == {"running": 3, "waiting": 1, "kv_usage": 0.25, "used_tokens": None, "age_s": 3.0}
+    sizes = {"kv_tokens": None, "block_tokens": None}
+    assert table.describe(0, 8.0) == {
+        "running": 3,
+        "waiting": 1,
+        "kv_usage": 0.25,
+        "used_tokens": None,
+        **sizes,
+        "age_s": 3.0,
+    }
     assert table.describe(1, 8.0) is None
 
 
