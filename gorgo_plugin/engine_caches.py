@@ -123,7 +123,7 @@ class EngineCaches:
 
     # What a client of KV events reports
 
-    def observe(self, name: str, events: Sequence[KvEvent], from_start: bool = False) -> None:
+    def observe(self, name: str, events: Sequence[KvEvent], from_start: bool = False) -> bool:
         """Take in events of a replica, in the engine's order. Long ones are taken in pieces, between which the router
         decides.
 
@@ -131,11 +131,14 @@ class EngineCaches:
             name: of the replica; unknown ones are ignored.
             events: what the engine published.
             from_start: its cache was empty before them; what was known of it is dropped.
+
+        Returns:
+            Whether all that its cache holds is known.
         """
         with self._lock:
             source = self._open(name, from_start)
         if source is None:
-            return
+            return False
         for event in events:
             self._take_in(name, source, event)
         with self._lock:
@@ -145,6 +148,7 @@ class EngineCaches:
                 source.last_s = self._clock()
                 self._expire_bridge(slot, source)
                 self._judge(slot, source)
+        return source.complete
 
     def lost(self, name: str) -> None:
         """The events of a replica cannot be followed any more: fall back to credit."""
@@ -318,9 +322,9 @@ class EngineCaches:
     def _drop(self, slot: int, source: _Source) -> None:
         """Forget what the engine told; the next event begins anew."""
         group = source.group
+        source.resets += slot in group.blocks
         group.blocks.remove(slot)
         source.complete, source.missed_in_a_row, source.trial = False, 0, None
-        source.resets += 1
         self._judge(slot, source)
 
     def _judge(self, slot: int, source: _Source) -> None:

@@ -100,7 +100,7 @@ class ModelState:
     def cached_tokens(self, found: Found, own_tokens: int, scale: float) -> FloatArray:
         """Engine tokens that what each replica holds saves a prompt, shape (replicas,): never its last token.
 
-        vLLM and SGLang compute the last token of every prompt anew.
+        `held` are leading blocks, of the same shape. vLLM and SGLang compute the last token of every prompt anew.
         """
         blocks = found.blocks
         if found.answers or found.exact or found.told:

@@ -177,7 +177,7 @@ class Router:
         with self._lock:
             if self._flights.get(flight_id) is flight and flight.awaits_tokens:  # not ended meanwhile
                 flight.hashes, flight.own_tokens, flight.exact = hashes, len(prompt), exact
-                flight.rest, flight.tellable = model.rest(prompt), exact and not flight.cache_key
+                flight.rest = model.rest(prompt)
                 flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
                 flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
                 self._flights.recount(flight, len(prompt) * model.scale_of(prompt), cached_tokens)
@@ -476,7 +476,6 @@ class Router:
             credit=model.credit(slot, hashes, found),
             awaits_tokens=prompt.estimated_tokens > 0,
             cache_key=prompt.cache_key,
-            tellable=prompt.exact and not prompt.cache_key,
         )
         self._flights.open(flight)
         self.engine_caches.dispatched(flight)
@@ -502,12 +501,14 @@ class Router:
             return None
         flight = self._flights.close(flight_id, now)
         assert flight is not None
-        flight.hashes = b""  # of a long prompt a megabyte, and needed no more
+        if answered:
+            self.engine_caches.answered(flight)
+        if flight.usage_seen:
+            flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
-            self.engine_caches.answered(flight)
             self._learn(flight)
         if flight.credit is not None:
             index = self._model(flight.model).index

@@ -60,16 +60,42 @@ class Lease:
     private: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Blocks became findable: their keys in order, and the key of the block before the first (None: a start)."""
+
+    keys: Sequence[int]
+    parent: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A block was evicted."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """Everything was forgotten."""
+
+
+Change = Stored | Removed | Cleared
+
+
 class BlockCache:
     """Blocks of one engine, `capacity` of them usable; `evicted`, where given, is told the keys of what is evicted.
+
+    With `record` every change of what is findable is appended to `changes`, which whoever drives the engine drains.
 
     A block is blank, private to one lease, or keyed; a keyed one is in use (reference count above 0) or idle, and then
     stands in the eviction order. Blank blocks are handed out before any idle one is evicted.
     """
 
-    def __init__(self, capacity: int, evicted: list[int] | None = None) -> None:
+    def __init__(self, capacity: int, record: bool = False) -> None:
         self.capacity = capacity
-        self._evicted = evicted
+        self.changes: list[Change] = []
+        self._record = record
         self._references: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._blank = capacity
@@ -103,13 +129,18 @@ class BlockCache:
         for _ in range(needed - from_blank):
             evicted, _nothing = idle.popitem(last=False)
             del references[evicted]
-            if self._evicted is not None:
-                self._evicted.append(evicted)
+            if self._record:
+                self.changes.append(Removed(evicted))
         return Lease(list(hits), needed)
 
-    def publish(self, lease: Lease, keys: Sequence[int]) -> None:
-        """Make private blocks of a lease findable; one whose content is cached already stays a private duplicate."""
+    def publish(self, lease: Lease, keys: Sequence[int], parent: int | None = None) -> None:
+        """Make private blocks of a lease findable; one whose content is cached already stays a private duplicate.
+
+        `parent` is the key of the block before the first.
+        """
         references = self._references
+        if self._record:
+            self._record_stored(keys, parent)
         for key in keys:
             if key not in references:
                 references[key] = 1
@@ -127,8 +158,24 @@ class BlockCache:
         self._blank += lease.private
         lease.shared, lease.private = [], 0
 
+    def _record_stored(self, keys: Sequence[int], parent: int | None) -> None:
+        """Note each run of the keys that is new."""
+        run: list[int] = []
+        before = parent
+        for key in keys:
+            if key not in self._references:
+                run.append(key)
+            else:
+                if run:
+                    self.changes.append(Stored(run, before))
+                run, before = [], key
+        if run:
+            self.changes.append(Stored(run, before))
+
     def clear(self) -> None:
         """Forget everything; leases still out must not be released afterwards."""
+        if self._record:
+            self.changes.append(Cleared())
         self._references.clear()
         self._idle.clear()
         self._blank = self.capacity

@@ -28,6 +28,7 @@ _ENGINE_OPTIONS = ("a_ms", "kv_tokens", "block_tokens", "max_running", "step_tok
 @click.option("--stream-interval", default=1, type=click.IntRange(1), help="Tokens per streamed chunk.")
 @click.option("--output-tokens", default=128, type=click.IntRange(1), help="Answer length without a cap.")
 @click.option("--metrics-style", default="vllm", type=click.Choice(["vllm", "sglang"]), help="Names on /metrics.")
+@click.option("--kv-events", help="Publish KV-cache events at this ZeroMQ address, as tcp://127.0.0.1:*.")
 @click.option("--tokenizer", help="Tokenizer file or folder; without it the embedded one.")
 @click.option("--chat-template", help="Chat template text or file.")
 @click.option("--seed", default=0, help="Seeds the engine, the jitter and the faults.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 
+from gorgo_plugin.fleet.block_cache import Change
 from gorgo_plugin.fleet.engine import Engine, EngineRequest, Event, Finished
 
 
@@ -18,8 +19,10 @@ class EngineDriver:
     Must be created on, and used from, one running loop.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_changes: Callable[[Sequence[Change]], None] | None = None) -> None:
+        """`on_changes` is given the changes of the prefix cache, of an engine that records them."""
         self.engine = engine
+        self._on_changes = on_changes
         self._loop = asyncio.get_running_loop()
         self._queues: dict[Hashable, asyncio.Queue[Event | None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -57,6 +60,8 @@ class EngineDriver:
             self._timer.cancel()
 
     def _arm(self) -> None:
+        if self._on_changes is not None and (changes := self.engine.take_changes()):
+            self._on_changes(changes)
         if self._timer is not None:
             self._timer.cancel()
         at_s = self.engine.next_event_s()

@@ -14,9 +14,8 @@ import random
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
-from gorgo_plugin.fleet.block_cache import BlockCache, Lease
+from gorgo_plugin.fleet.block_cache import BlockCache, Change, Lease
 
 _S_PER_MS = 1e-3
 
@@ -133,25 +132,6 @@ Event = FirstToken | Tokens | Finished
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """Consecutive blocks of a request that became findable: its blocks `first` to `first + len(keys) - 1`."""
-
-    id: Hashable
-    first: int
-    keys: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """Blocks that were evicted."""
-
-    keys: Sequence[int]
-
-
-CacheChange = Stored | Removed
-
-
-@dataclass(frozen=True, slots=True)
 class Gauges:
     """What the engine reports of itself, as of the end of its last step.
 
@@ -215,16 +195,16 @@ class Engine:
     """
 
     def __init__(
-        self, profile: EngineProfile, seed: int = 0, *, token_interval: int = 0, tells_cache: bool = False
+        self, profile: EngineProfile, seed: int = 0, *, token_interval: int = 0, record_changes: bool = False
     ) -> None:
         """
         Args:
             profile: what it is like.
             seed: of its noise.
             token_interval: tokens between `Tokens` events of a request; 0 emits none, which is fastest.
-            tells_cache: collect what `cache_changes` returns.
+            record_changes: keep the changes of the prefix cache for `take_changes`.
         """
-        self._tells_cache = tells_cache
+        self._record_changes = record_changes
         self.profile = profile
         self.gauges = Gauges()
         self._seed = seed
@@ -234,11 +214,9 @@ class Engine:
     def _reset(self) -> None:
         self.gauges = Gauges()
         self._random = random.Random(self._seed)
-        self._evicted: list[int] = []
-        self._changes: list[CacheChange] = []  # since the start of the step in progress
-        self._told: list[CacheChange] = []
-        usable = self.profile.kv_tokens // self.profile.block_tokens - 1  # vLLM keeps one back
-        self._cache = BlockCache(usable, self._evicted if self._tells_cache else None)
+        self._changes: list[Change] = []  # as of the end of the last step
+        blocks = self.profile.kv_tokens // self.profile.block_tokens - 1  # vLLM keeps one back
+        self._cache = BlockCache(blocks, self._record_changes)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
@@ -297,9 +275,12 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def cache_changes(self) -> list[CacheChange]:
-        """What was stored and evicted, as of the end of the last step and not returned yet, in order."""
-        changes, self._told = self._told, []
+    def take_changes(self) -> list[Change]:
+        """Changes of the prefix cache as of the end of the last step and not taken yet, in order.
+
+        None after a restart are from before it.
+        """
+        changes, self._changes = self._changes, []
         return changes
 
     @property
@@ -383,9 +364,6 @@ class Engine:
         lease = self._cache.acquire(request.blocks, matched, self._blocks_needed(request))
         if lease is None:
             return False
-        if self._evicted:
-            self._changes.append(Removed(tuple(self._evicted)))
-            self._evicted.clear()
         self._waiting.popleft()
         sequence.lease = lease
         sequence.published = matched
@@ -400,11 +378,8 @@ class Engine:
         assert sequence.lease is not None
         full = min(computed // self.profile.block_tokens, len(sequence.request.blocks))
         if full > sequence.published:
-            known = len(sequence.lease.shared)
-            keys = sequence.request.blocks[sequence.published : full]
-            self._cache.publish(sequence.lease, keys)
-            if self._tells_cache:
-                self._changes += _stored(sequence.request.id, sequence.published, keys, sequence.lease.shared[known:])
+            blocks, start = sequence.request.blocks, sequence.published
+            self._cache.publish(sequence.lease, blocks[start:full], blocks[start - 1] if start else None)
             sequence.published = full
 
     def _ticks_to_milestone(self) -> int:
@@ -425,8 +400,8 @@ class Engine:
         for sequence in self._leaving:
             self._leave(sequence)
         self._leaving.clear()
-        self._told += self._changes
-        self._changes.clear()
+        self._changes += self._cache.changes
+        self._cache.changes = []
         self._update_gauges()
 
     def _complete_prefill(self, sequence: _Sequence, at_s: float) -> None:
@@ -493,13 +468,3 @@ class Engine:
             busy_s=self._busy_s,
             prefill_s=self._prefill_s,
         )
-
-
-def _stored(request_id: Hashable, first: int, keys: Sequence[int], new: Sequence[int]) -> list[CacheChange]:
-    """Runs of the `new` ones among `keys`, the blocks of a request from number `first` on."""
-    if len(new) == len(keys):
-        return [Stored(request_id, first, keys)]
-    fresh = set(new)
-    runs = groupby(enumerate(keys, first), key=lambda numbered: numbered[1] in fresh)
-    stored = [list(run) for is_new, run in runs if is_new]
-    return [Stored(request_id, run[0][0], [key for _, key in run]) for run in stored]

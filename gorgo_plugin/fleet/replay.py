@@ -17,18 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gorgo_plugin.decision import Prompt
-from gorgo_plugin.fleet.engine import (
-    CacheChange,
-    Engine,
-    EngineProfile,
-    EngineRequest,
-    Event,
-    Finished,
-    FirstToken,
-    Removed,
-)
+from gorgo_plugin.fleet.block_cache import Change, Cleared, Removed
+from gorgo_plugin.fleet.engine import Engine, EngineProfile, EngineRequest, Event, Finished, FirstToken
 from gorgo_plugin.fleet.network import Network
-from gorgo_plugin.prefix import BlockRemoved, BlockStored, KvEvent
+from gorgo_plugin.prefix import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 from gorgo_plugin.router import Router
 from gorgo_plugin.settings import Settings
 
@@ -94,11 +86,17 @@ class Served:
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A request that was dispatched and not answered yet; `latest_s` is when what came last of it arrives."""
+    """A request that was dispatched and not answered yet.
+
+    Attributes:
+        places: block key -> which block of the request it is; empty where the engine publishes nothing.
+        tokens: of prompt and answer.
+        latest_s: when what came last of it arrives.
+    """
 
     flight_id: int
     served: Served
-    blocks: Sequence[int]
+    places: dict[int, int]
     tokens: NDArray[np.uint32]
     latest_s: float = 0.0
 
@@ -147,12 +145,12 @@ class Replay:
             _Site(
                 replica.name,
                 Network(replica.rtt_ms, replica.jitter_ms, random.Random(seed * len(replicas) + number)),
-                Engine(replica.profile, seed * len(replicas) + number, tells_cache=kv_events),
+                Engine(replica.profile, seed * len(replicas) + number, record_changes=kv_events),
             )
             for number, replica in enumerate(replicas)
         ]
         self._by_name = {site.name: site for site in self._sites}
-        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._queue: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._order = 0
         self._served: list[Served] = []
         self._open = 0
@@ -173,7 +171,7 @@ class Replay:
             action(*arguments)
         return self._served
 
-    def _at(self, at_s: float, action: Callable[..., None], *arguments: Any) -> None:
+    def _at(self, at_s: float, action: Callable[..., object], *arguments: Any) -> None:
         self._order += 1
         heapq.heappush(self._queue, (at_s, self._order, action, arguments))
 
@@ -196,18 +194,21 @@ class Replay:
 
     def _tell(self, site: _Site, at_s: float) -> None:
         """Publish what changed in the cache up to the end of a step."""
-        events = [self._kv_event(site, change) for change in site.engine.cache_changes()]
+        events = [self._kv_event(site, change) for change in site.engine.take_changes()]
         if events:
             site.told_s = site.way_back(at_s, site.told_s)
             self._at(site.told_s, self.router.engine_caches.observe, site.name, events)
 
-    def _kv_event(self, site: _Site, change: CacheChange) -> KvEvent:
+    def _kv_event(self, site: _Site, change: Change) -> KvEvent:
         if isinstance(change, Removed):
-            return BlockRemoved(change.keys)
-        request, size = site.under_way[int(str(change.id))], site.engine.profile.block_tokens
-        parent = request.blocks[change.first - 1] if change.first else None
-        tokens = request.tokens[change.first * size : (change.first + len(change.keys)) * size]
-        return BlockStored(change.keys, parent, tokens, size)
+            return BlockRemoved((change.key,))
+        if isinstance(change, Cleared):
+            return AllBlocksCleared()
+        size, key = site.engine.profile.block_tokens, change.keys[0]
+        request = next(request for request in site.under_way.values() if key in request.places)
+        first = request.places[key]
+        tokens = request.tokens[first * size : (first + len(change.keys)) * size]
+        return BlockStored(change.keys, change.parent, tokens, size)
 
     def _arrive_next(self, coming: enumerate[ReplayRequest]) -> None:
         for index, request in coming:
@@ -223,7 +224,8 @@ class Replay:
             index, self._now, decision.replica, request.prompt_tokens, cost.cached_tokens, cost.predicted_ttft_ms
         )
         site = self._by_name[decision.replica]
-        site.under_way[index] = _UnderWay(decision.flight_id, served, blocks, tokens)
+        places = {key: place for place, key in enumerate(blocks)} if self._kv_events else {}
+        site.under_way[index] = _UnderWay(decision.flight_id, served, places, tokens)
         engine_request = EngineRequest(index, request.prompt_tokens, request.output_tokens, blocks)
         self._at(self._now + site.network.one_way_s(), self._submit, site, engine_request)
 

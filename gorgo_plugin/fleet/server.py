@@ -34,6 +34,7 @@ from gorgo_plugin.fleet.driver import EngineDriver
 from gorgo_plugin.fleet.engine import Engine, EngineProfile, EngineRequest, Event, Finished, FirstToken
 from gorgo_plugin.fleet.engine_metrics import EngineMetrics, MetricsStyle
 from gorgo_plugin.fleet.faults import ERROR_DELAY_S, Fault, FaultInjector, FaultKind
+from gorgo_plugin.fleet.kv_publisher import KvPublisher
 from gorgo_plugin.fleet.network import Network
 from gorgo_plugin.fleet.passages import reply_passage
 from gorgo_plugin.prompt import PromptBuilder
@@ -71,6 +72,8 @@ class MockSettings:
         fault: how it fails from the start.
         host: address to bind.
         port: port to bind; 0: a free one.
+        kv_events: where to publish KV-cache events over ZeroMQ, tcp://host:port with `*` as port for a free one; None:
+            nowhere. Their replay socket takes a free port of the same host.
     """
 
     name: str = "mock"
@@ -87,6 +90,7 @@ class MockSettings:
     fault: Fault = field(default_factory=Fault)
     host: str = "127.0.0.1"
     port: int = 0
+    kv_events: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +122,14 @@ class MockReplica:
             {"tokenizer": settings.tokenizer, "chat_template": settings.chat_template}
         )
         self._builder = PromptBuilder(prompt_settings, secret=settings.name.encode())
-        engine = Engine(settings.profile, settings.seed, token_interval=settings.stream_interval)
-        self._driver = EngineDriver(engine)
+        self.publisher = KvPublisher(settings.kv_events, settings.profile.block_tokens) if settings.kv_events else None
+        engine = Engine(
+            settings.profile,
+            settings.seed,
+            token_interval=settings.stream_interval,
+            record_changes=self.publisher is not None,
+        )
+        self._driver = EngineDriver(engine, self.publisher.publish if self.publisher else None)
         self._rng = random.Random(f"{settings.name} {settings.seed}")
         self._network = Network(settings.rtt_ms, settings.jitter_ms, self._rng)
         self._faults = FaultInjector(settings.fault, self._rng)
@@ -157,6 +167,8 @@ class MockReplica:
     async def _close(self, app: web.Application) -> None:
         self._driver.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.publisher is not None:
+            self.publisher.close()
 
     # The network and the faults around every route.
 
@@ -268,7 +280,10 @@ class MockReplica:
         text = " ".join(job.words)
         reply = self._builder.prepare({"prompt": [text], "add_special_tokens": False}, COMPLETIONS, job.asked.model)
         tokens = np.concatenate([prompt.tokens, reply.tokens[: job.output_tokens]])
-        return block_keys(tokens, self.settings.profile.block_tokens, f"{job.asked.model}\0{prompt.cache_key}")
+        keys = block_keys(tokens, self.settings.profile.block_tokens, f"{job.asked.model}\0{prompt.cache_key}")
+        if self.publisher is not None:
+            self.publisher.learn(keys, tokens, prompt.cache_key)
+        return keys
 
     def _answer(self, endpoint: str, job: _Job) -> Answer:
         head = AnswerHead(
@@ -388,6 +403,8 @@ class MockReplica:
         return _json(fault.model_dump())
 
     async def _restart(self, request: web.Request) -> web.StreamResponse:
+        if self.publisher is not None:
+            self.publisher.restart()
         self._driver.restart()
         self._started_s = time.time()
         return _json({"started_s": self._started_s})
@@ -427,7 +444,10 @@ async def serve(settings: MockSettings) -> None:
         await web.TCPSite(runner, settings.host, settings.port).start()
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
-        print(json.dumps({"name": settings.name, "url": f"http://{shown}:{port}", "pid": os.getpid()}), flush=True)
+        ready = {"name": settings.name, "url": f"http://{shown}:{port}", "pid": os.getpid()}
+        if replica.publisher is not None:
+            ready["kv_events"] = {"endpoint": replica.publisher.endpoint, "replay": replica.publisher.replay_endpoint}
+        print(json.dumps(ready), flush=True)
         await stop.wait()
     finally:
         await runner.cleanup()

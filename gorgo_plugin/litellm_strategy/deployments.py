@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from gorgo_plugin.errors import SettingsError
-from gorgo_plugin.settings import Name, ReplicaSettings, describe
+from gorgo_plugin.settings import KvEventsSettings, Name, ReplicaSettings, describe
 
 Deployment = Mapping[str, Any]
 
@@ -25,7 +25,9 @@ class DeploymentSettings(BaseModel):
     region: str | None = None
     """Label shared by the replicas of one place."""
     kv_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens the replica's KV cache holds."""
+    """Tokens the replica's KV cache holds; not given: what the engine's metrics say."""
+    kv_events: KvEventsSettings | None = None
+    """Where the engine tells which blocks it caches; none given: they are estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class _Draft:
         self._url: str | None = None
         self._region: str | None = None
         self._kv_tokens: int | None = None
+        self._kv_events: KvEventsSettings | None = None
 
     def add(self, model: str, own: DeploymentSettings, url: str, where: str) -> None:
         if model in self._models:
@@ -132,9 +135,10 @@ class _Draft:
         self._url = _checked_url(self.name, url, where)
         self._region = self._same("region", self._region, own.region, where)
         self._kv_tokens = self._same("kv_tokens", self._kv_tokens, own.kv_tokens, where)
+        self._kv_events = self._same("kv_events", self._kv_events, own.kv_events, where)
 
     def finish(self) -> ReplicaSettings:
-        given = {"region": self._region, "kv_tokens": self._kv_tokens}
+        given = {"region": self._region, "kv_tokens": self._kv_tokens, "kv_events": self._kv_events}
         return ReplicaSettings.model_validate(
             {
                 "name": self.name,

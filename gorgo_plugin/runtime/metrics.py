@@ -88,6 +88,14 @@ EVENTS: tuple[Family, ...] = (
     Family("gorgo_prompt_errors_total", "counter", ("model",), "Request bodies that could not be read as a prompt."),
     Family("gorgo_probe_failures_total", "counter", (*_REPLICA, "kind"), "Probes without an answer, by kind."),
     Family("gorgo_scrape_failures_total", "counter", (*_REPLICA, "kind"), "Engine metrics pages not read, by kind."),
+    Family("gorgo_kv_events_total", "counter", _REPLICA, "KV-cache events of the engine taken in."),
+    Family(
+        "gorgo_kv_event_troubles_total",
+        "counter",
+        (*_REPLICA, "kind"),
+        "Breaks in the KV-cache events of an engine, by kind: bad-frame, gap (a replay may have filled it), and those "
+        "that dropped the engine's blocks: unfilled-gap, restart, lost, error.",
+    ),
     Family("gorgo_settings_errors_total", "counter", (), "Settings refused by a reload; the last good ones stay."),
 )
 
@@ -99,6 +107,9 @@ DERIVED: tuple[Family, ...] = (
     Family("gorgo_rtt_spread_seconds", "gauge", _REPLICA, "Mean deviation of the round trip."),
     Family("gorgo_rtt_age_seconds", "gauge", _REPLICA, "Time since the round trip was last measured."),
     Family("gorgo_replica_available", "gauge", _REPLICA, "1 while the replica may be chosen."),
+    Family(
+        "gorgo_kv_events_exact", "gauge", _REPLICA, "1 while the engine's own KV-cache events say what it has cached."
+    ),
     Family("gorgo_index_tokens", "gauge", _REPLICA, "Tokens believed cached."),
     Family("gorgo_engine_running", "gauge", _REPLICA, "Requests running, as the engine says."),
     Family("gorgo_engine_waiting", "gauge", _REPLICA, "Requests waiting, as the engine says."),
@@ -210,6 +221,14 @@ class Metrics:
     def scrape_failed(self, replica: str, kind: str) -> None:
         """An engine's metrics page could not be read."""
         self._note(1.0, "gorgo_scrape_failures_total", *self._replica(replica), kind)
+
+    def kv_events(self, replica: str, events: int) -> None:
+        """Events of an engine's KV cache were taken in."""
+        self._note(float(events), "gorgo_kv_events_total", *self._replica(replica))
+
+    def kv_trouble(self, replica: str, kind: str) -> None:
+        """The events of an engine's KV cache were broken."""
+        self._note(1.0, "gorgo_kv_event_troubles_total", *self._replica(replica), kind)
 
     def settings_refused(self) -> None:
         """A reload was refused."""

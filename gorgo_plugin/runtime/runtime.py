@@ -26,6 +26,7 @@ from gorgo_plugin.runtime import scraper, status
 from gorgo_plugin.runtime.background import Background, Job
 from gorgo_plugin.runtime.explain import explanation
 from gorgo_plugin.runtime.hub import with_local_tokenizers
+from gorgo_plugin.runtime.kv_events import KvEventJob, KvWatch, check_installed
 from gorgo_plugin.runtime.metrics import Metrics, Reading
 from gorgo_plugin.runtime.probes import ProbeJob, Watch
 from gorgo_plugin.runtime.scraper import ScrapeJob
@@ -64,6 +65,7 @@ class Runtime:
         Raises:
             SettingsError: a setting cannot be used, or a tokenizer is out of reach.
         """
+        check_installed(settings)
         self.router = _warm(Router(with_local_tokenizers(settings), secret=secrets.token_bytes(32)))
         self.settings = settings
         self.gateway = gateway
@@ -71,7 +73,7 @@ class Runtime:
         self.active, self.active_reason = settings.mode != "off", f"mode is {settings.mode}"
         self.settings_error: str | None = None
         self.started_s = time.monotonic()
-        self._jobs: dict[Hashable, ProbeJob | ScrapeJob] = {}
+        self._jobs: dict[Hashable, ProbeJob | ScrapeJob | KvEventJob] = {}
         self._threads: PromptThreads | None = None
         self._stopped = False
         self._background = Background(f"gorgo-{gateway}")
@@ -163,6 +165,7 @@ class Runtime:
             SettingsError: they cannot be used; the last good ones stay in force and `settings_error` says why.
         """
         try:
+            check_installed(settings)
             self.router.reconfigure(with_local_tokenizers(settings))
         except SettingsError as error:
             self.refuse(str(error))
@@ -205,11 +208,11 @@ class Runtime:
             **explanation(self.router, prompt, endpoint),
         }
 
-    def watches(self, replica: str) -> Iterator[tuple[str, Watch]]:
-        """("probe" | "scrape", what became of it) for one replica."""
-        for job in self._jobs.values():
-            if job.replica.name == replica:
-                yield "probe" if isinstance(job, ProbeJob) else "scrape", job.watch
+    def watches(self, replica: str) -> Iterator[tuple[str, Watch | KvWatch]]:
+        """("probe" | "scrape" | "kv_events", what became of it) for one replica."""
+        for key, job in self._jobs.items():
+            if job.replica.name == replica and isinstance(key, tuple):
+                yield key[0], job.watch
 
     async def _in_thread(
         self, start: Callable[[PromptThreads], Future[T]], inline: Callable[[], T], waiting: Callable[[], None] | None
@@ -239,14 +242,23 @@ class Runtime:
         """Probe and scrape exactly the replicas of the settings; those that stay as they are keep their jobs."""
         settings, router, metrics = self.settings, self.router, self.metrics
         interval_s = scraper.interval_s(settings.metrics, POLICIES[settings.policy].reads_gauges)
-        jobs: dict[Hashable, ProbeJob | ScrapeJob] = {}
+        jobs: dict[Hashable, ProbeJob | ScrapeJob | KvEventJob] = {}
         for replica in settings.replicas:
             key: Hashable = ("probe", replica.name, replica.url, settings.probe)
             jobs[key] = self._jobs.get(key) or ProbeJob(replica, settings.probe, router, metrics.probe_failed)
             if settings.metrics.path is not None:
-                key = ("scrape", replica.name, replica.url, settings.metrics, interval_s)
+                blocks = frozenset(
+                    settings.model_settings(model).block_tokens or settings.block_tokens
+                    for model in replica.models or ("", *settings.models)
+                )
+                key = ("scrape", replica.name, replica.url, settings.metrics, interval_s, blocks)
                 jobs[key] = self._jobs.get(key) or ScrapeJob(
-                    replica, settings.metrics, interval_s, router, metrics.scrape_failed
+                    replica, settings.metrics, interval_s, router, metrics.scrape_failed, blocks
+                )
+            if replica.kv_events is not None:
+                key = ("kv_events", replica.name, replica.url, replica.kv_events)
+                jobs[key] = self._jobs.get(key) or KvEventJob(
+                    replica, replica.kv_events, router.engine_caches, metrics.kv_trouble, metrics.kv_events
                 )
         self._jobs = jobs
         wanted: dict[Hashable, Job] = {key: job.run for key, job in jobs.items()}

@@ -32,6 +32,7 @@ WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs")
 KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage")
 USED_TOKENS = ("sglang:num_used_tokens",)
 CACHE_CONFIG = ("vllm:cache_config_info",)
+TOTAL_TOKENS = ("sglang:max_total_num_tokens",)
 START_TIME = ("process_start_time_seconds",)
 
 # Only these lines of a page are parsed: the parser takes 10 ms for a whole one, this search a tenth of one. It starts
@@ -40,7 +41,7 @@ _WANTED = re.compile(
     b"\n((?:%s)[ {][^\n]*)"
     % b"|".join(
         re.escape(name.encode())
-        for names in (RUNNING, WAITING, KV_USAGE, USED_TOKENS, CACHE_CONFIG, START_TIME)
+        for names in (RUNNING, WAITING, KV_USAGE, USED_TOKENS, CACHE_CONFIG, TOTAL_TOKENS, START_TIME)
         for name in names
     )
 )
@@ -90,7 +91,15 @@ def parse_page(page: bytes) -> Page:
         kv_usage = sum(usage) / len(usage) if usage else 0.0
         capacity = sum(_capacity_tokens(labels) or 0 for labels in config)
         used_tokens = sum(used) if used else kv_usage * capacity if usage and capacity else None
-        gauges = EngineGauges(sum(running), sum(waiting), kv_usage, used_tokens)
+        sizes = {int(labels["block_size"]) for labels in config if labels.get("block_size", "").isdecimal()}
+        gauges = EngineGauges(
+            sum(running),
+            sum(waiting),
+            kv_usage,
+            used_tokens,
+            kv_tokens=capacity or int(sum(values(TOTAL_TOKENS))) or None,
+            block_tokens=sizes.pop() if len(sizes) == 1 else None,
+        )
     return Page(gauges, max(starts) if starts else None)
 
 
@@ -118,8 +127,11 @@ class ScrapeJob:
     router: Observer
     on_failure: Callable[[str, str], None]
     """(replica name, kind of failure), for metrics."""
+    block_tokens: frozenset[int] = frozenset()
+    """Tokens of a block as set for the models served there."""
     watch: Watch = field(default_factory=Watch)
     _start_time_s: float | None = None
+    _warned: bool = False
 
     async def run(self) -> None:
         """Scrape until cancelled."""
@@ -150,6 +162,19 @@ class ScrapeJob:
             self._start_time_s = max(page.start_time_s, self._start_time_s or 0.0)
         if page.gauges is not None:
             self.router.observe_gauges(self.replica.name, page.gauges)
+            self._compare_blocks(page.gauges.block_tokens)
+
+    def _compare_blocks(self, block_tokens: int | None) -> None:
+        if block_tokens is None or not self.block_tokens or block_tokens in self.block_tokens or self._warned:
+            return
+        self._warned = True
+        _log.warning(
+            "gorgo: replica '%s' caches blocks of %d tokens, block_tokens is %s; set it to %d for exact estimates",
+            self.replica.name,
+            block_tokens,
+            " and ".join(map(str, sorted(self.block_tokens))),
+            block_tokens,
+        )
 
     async def _page(self, session: aiohttp.ClientSession) -> Page:
         import aiohttp

@@ -54,7 +54,11 @@ def readings(runtime: Runtime) -> Iterator[Reading]:
         yield "gorgo_flights_open", labels, float(snapshot["flights"].get(name, 0))
         yield "gorgo_queued_tokens", labels, replica["load"]["queued_tokens"]
         yield "gorgo_replica_available", labels, float(replica["health"]["available"])
-        yield "gorgo_index_tokens", labels, float(sum(model["index_tokens"] for model in replica["models"].values()))
+        cache, estimated = replica["cache"], sum(model["index_tokens"] for model in replica["models"].values())
+        exact = cache["source"] == "kv-events"
+        yield "gorgo_index_tokens", labels, float(cache["events"]["tokens"] if exact else estimated)
+        if cache["events"] is not None:
+            yield "gorgo_kv_events_exact", labels, float(exact)
         if latency["rtt_ms"] is not None:
             yield "gorgo_rtt_seconds", labels, latency["rtt_ms"] / 1e3
             yield "gorgo_rtt_spread_seconds", labels, latency["spread_ms"] / 1e3

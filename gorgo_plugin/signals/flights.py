@@ -60,8 +60,12 @@ class Flight:
     learned: bool = False  # its times have been learned from, or must not be
     usage_seen: bool = False
     output_tokens: float | None = None  # as the engine reported, in own tokens
-    tellable: bool = False  # its ids are the engine's own, so the engine's word on its blocks can be understood
     learned_uncached_tokens: float | None = None  # as the engine reported
+
+    @property
+    def tellable(self) -> bool:
+        """Whether its ids are the engine's own, so that the engine's word on its blocks can be understood."""
+        return self.exact and not self.cache_key and not self.awaits_tokens
 
     @property
     def prefill_ends_s(self) -> float:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gorgo_plugin.fleet.block_cache import BlockCache, Lease, block_keys, finer_keys
+from gorgo_plugin.fleet.block_cache import BlockCache, Cleared, Lease, Removed, Stored, block_keys, finer_keys
 
 
 class OracleCache:
@@ -113,3 +113,18 @@ def test_a_traces_coarse_blocks_become_the_engines_blocks() -> None:
 def test_coarse_blocks_that_do_not_fit_are_refused(coarse: list[int], block_tokens: int) -> None:
     with pytest.raises(ValueError, match=r"cover|divisor"):
         finer_keys(coarse, prompt_tokens=600, coarse_tokens=512, block_tokens=block_tokens)
+
+
+def test_recorded_changes_tell_each_run_of_new_blocks_with_what_is_before_it_and_what_was_evicted() -> None:
+    cache = BlockCache(4, record=True)
+    first = cache.acquire([], 0, 3)
+    assert first is not None
+    cache.publish(first, [1, 2, 3])
+    second = cache.acquire([1], 1, 2)
+    assert second is not None
+    cache.publish(second, [4], parent=1)
+    cache.release(first)
+    cache.release(second)
+    assert cache.acquire([], 0, 2) is not None
+    cache.clear()
+    assert cache.changes == [Stored([1, 2, 3], None), Stored([4], 1), Removed(3), Removed(2), Cleared()]

@@ -138,6 +138,8 @@ def test_every_event_can_be_reported(registry: CollectorRegistry) -> None:
     metrics.fell_back("error")
     metrics.probe_failed("a", "refused")
     metrics.scrape_failed("a", "refused")
+    metrics.kv_events("a", 3)
+    metrics.kv_trouble("a", "gap")
     metrics.settings_refused()
     for family in EVENTS:
         name = f"{family.name}_count" if family.kind == "histogram" else family.name

@@ -28,7 +28,7 @@ sglang:token_usage{model_name="m",tp_rank="0"} 0.5
 
 def test_a_vllm_page_gives_gauges_and_used_tokens_from_its_cache_config() -> None:
     page = parse_page(VLLM)
-    assert page.gauges == EngineGauges(running=3.0, waiting=2.0, kv_usage=0.25, used_tokens=4000.0)
+    assert page.gauges == EngineGauges(3.0, 2.0, kv_usage=0.25, used_tokens=4000.0, kv_tokens=16000, block_tokens=16)
     assert page.start_time_s == 1.7e9
 
 
@@ -48,10 +48,16 @@ def test_an_sglang_page_gives_its_own_used_tokens() -> None:
     assert parse_page(SGLANG).gauges == EngineGauges(running=4.0, waiting=1.0, kv_usage=0.5, used_tokens=1234.0)
 
 
+def test_an_sglang_page_tells_how_many_tokens_its_cache_holds() -> None:
+    page = parse_page(SGLANG + b'sglang:max_total_num_tokens{model_name="m"} 471258.0\n')
+    assert page.gauges is not None
+    assert page.gauges.kv_tokens == 471_258
+
+
 def test_data_parallel_ranks_are_added_up_and_their_usage_averaged() -> None:
     second = VLLM.replace(b'engine="0"', b'engine="1"').replace(b"0.25", b"0.75")
     page = parse_page(VLLM + second)
-    assert page.gauges == EngineGauges(running=6.0, waiting=4.0, kv_usage=0.5, used_tokens=16000.0)
+    assert page.gauges == EngineGauges(6.0, 4.0, kv_usage=0.5, used_tokens=16000.0, kv_tokens=32000, block_tokens=16)
 
 
 def test_a_page_of_something_else_has_no_gauges() -> None:

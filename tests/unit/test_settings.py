@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from gorgo_plugin import Settings, SettingsError
+from gorgo_plugin.runtime.kv_events import check_installed
 from gorgo_plugin.settings import PUBLISHED_WEIGHTS
 
 REPLICA = {"name": "a", "url": "http://10.0.0.1:8000"}
@@ -65,3 +66,18 @@ def test_a_model_falls_back_to_the_top_level_field_by_field() -> None:
     assert settings.model_settings("m").tokenizer == "t"
     assert settings.model_settings("m").block_tokens == 32
     assert settings.model_settings("other").block_tokens == 16
+
+
+def test_kv_events_without_pyzmq_are_refused_in_one_sentence_that_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = Settings.model_validate({"replicas": [{**REPLICA, "kv_events": {"endpoint": "tcp://a:5557"}}]})
+    with pytest.raises(SettingsError, match=r"'a' has kv_events.*pip install 'gorgo-plugin\[kv-events\]'"):
+        check_installed(settings)
+
+
+@pytest.mark.parametrize("endpoint", ["a:5557", "tcp://a", "http://a:5557", "ipc://", "tcp://a:70000"])
+def test_an_endpoint_of_kv_events_is_checked(endpoint: str) -> None:
+    with pytest.raises(SettingsError, match=r"replicas\.0\.kv_events\.endpoint: expected"):
+        Settings.model_validate({"replicas": [{**REPLICA, "kv_events": {"endpoint": endpoint}}]})

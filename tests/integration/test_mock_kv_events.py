@@ -1,0 +1,73 @@
+"""A router that follows the KV events of a mock engine prices what the engine will find, also under eviction."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from pathlib import Path
+
+import aiohttp
+
+from gorgo_plugin import Prompt, Settings
+from gorgo_plugin.fleet.processes import first_line, running
+from gorgo_plugin.runtime import Runtime
+
+GORGO = (sys.executable, "-c", "from gorgo_plugin.cli import main; main(prog_name='gorgo')")
+WAIT_S = 10.0
+
+
+async def test_the_estimate_equals_what_the_engine_reports_also_under_eviction_and_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    options = [
+        "--kv-events",
+        "tcp://127.0.0.1:*",
+        "--kv-tokens",
+        "1024",
+        "--ms-per-token",
+        "0.001",
+        "--output-tokens",
+        "2",
+    ]
+    rng = random.Random(7)
+    stems = [[rng.randrange(1000, 9000) for _ in range(256)] for _ in range(6)]
+    async with running("mock", [*GORGO, "mock-upstream", *options], tmp_path / "log", read_output=True) as child:
+        ready = await first_line(child)
+        replica = {"name": "a", "url": ready["url"], "models": ["m"], "kv_events": ready["kv_events"]}
+        runtime = Runtime(Settings.model_validate({"replicas": [replica], "metrics": {"interval_s": 0.2}}))
+        runtime.ensure_started()
+
+        async def quiet() -> None:
+            """The engine has told all, and nothing has come from it since."""
+            seen = -1
+            while (now := runtime.status()["replicas"]["a"]["kv_events"]["batches"]) != seen:
+                seen = now
+                await asyncio.sleep(0.02)
+
+        async with aiohttp.ClientSession(ready["url"]) as client, asyncio.timeout(4 * WAIT_S):
+            while not runtime.status()["replicas"]["a"]["kv_events"]["connected"]:
+                await asyncio.sleep(0.01)
+            reported, estimated = [], []
+            for number in range(16):
+                ids = [
+                    *rng.choice(stems)[: rng.choice((64, 200, 256))],
+                    *(rng.randrange(1000, 9000) for _ in range(40)),
+                ]
+                await quiet()
+                estimated.append(runtime.router.explain(Prompt(ids, model="m")).costs["a"].cached_tokens)
+                body = {"model": "m", "prompt": ids, "max_tokens": 2}
+                async with client.post("/v1/completions", json=body) as response:
+                    usage = (await response.json())["usage"]
+                reported.append(usage["prompt_tokens_details"]["cached_tokens"])
+                if number == 11:
+                    async with client.post("/mock/restart") as response:
+                        assert response.status == 200
+            assert estimated[:12] == reported[:12]
+            assert estimated[13:] == reported[13:]  # the restart is told by the first event after it
+            assert sum(reported) > 0
+            shown = runtime.status()["replicas"]["a"]
+        await runtime.stop()
+    assert shown["cache"]["source"] == "kv-events"
+    assert shown["kv_events"]["restarts"] == 1
+    assert shown["cache"]["engine_kv_tokens"] == 1024
