@@ -11,7 +11,7 @@ is priced by credit, as if it told nothing.
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +118,7 @@ class EngineCaches:
         self._replicas, self._block_tokens = replicas, block_tokens
         self._groups: dict[tuple[int, str | None], _Group] = {}
         self._sources: dict[int, _Source] = {}
-        self._estimates: dict[int, Counter[str]] = {}  # slot -> verdicts on what its engine reported as cached
+        self._estimates: dict[int, dict[str, int]] = {}  # slot -> verdicts on what its engine reported as cached
         self._told: dict[int, tuple[int, int | None]] = {}  # slot -> tokens of its cache, tokens of its blocks
 
     # What a client of KV events reports
@@ -248,7 +248,10 @@ class EngineCaches:
     def reported(self, flight: Flight, cached_tokens: int, block_tokens: int) -> None:
         """The engine reported how much of the flight's prompt it had cached."""
         verdict = verdict_on(flight.cached_tokens, cached_tokens, block_tokens)
-        self._estimates.setdefault(flight.slot, Counter(dict.fromkeys(VERDICTS, 0)))[verdict] += 1
+        counts = self._estimates.get(flight.slot)
+        if counts is None:
+            counts = self._estimates[flight.slot] = dict.fromkeys(VERDICTS, 0)
+        counts[verdict] += 1
 
     def restarted(self, slot: int) -> None:
         """The engine was restarted, unless its events have shown that already."""

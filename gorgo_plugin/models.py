@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,10 @@ MAX_SHRINK, MAX_GROWTH = 0.9, 1.25  # of a capacity, per report: one of them may
 MAX_CAPACITY = 4.0  # times what was told: bounds the index whatever engines report
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+_NOTHING: Mapping[int, int] = MappingProxyType({})
+
+
+class Found(NamedTuple):
     """What the replicas hold of one prompt.
 
     Attributes:
@@ -37,7 +40,7 @@ class Found:
 
     blocks: FloatArray
     answers: Mapping[int, Answer]
-    told: Mapping[int, int] = field(default_factory=dict)
+    told: Mapping[int, int] = _NOTHING
     exact: Set[int] = frozenset()
 
     def answer_blocks(self, slot: int) -> int:
@@ -128,7 +131,8 @@ class ModelState:
         """Note what an answer of `output_tokens` own tokens adds behind its prompt, whose last tokens are `rest`."""
         # The last token is never fed back, so an engine has no key and value of it.
         blocks = int(len(rest) + output_tokens - 1) // self.block_tokens
-        self.index.answered(credit, blocks, self.hasher.tail(rest, 0, len(rest)), len(rest))
+        if blocks > 0:
+            self.index.answered(credit, blocks, self.hasher.tail(rest, 0, len(rest)), len(rest))
 
     def scale_of(self, prompt: Prompt) -> float:
         """What a prompt's own count is multiplied by."""

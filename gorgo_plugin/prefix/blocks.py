@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ class BlockHasher:
         stream = hashlib.shake_256(b"gorgo block keys" + secret).digest(8 * block_tokens)
         self._secret = hashlib.blake2b(secret, key=b"gorgo cache key", digest_size=32).digest()
         self._keys = np.frombuffer(stream, dtype=np.uint64) | np.uint64(1)
+        self._factors: list[int] = self._keys.tolist()
 
     def hashes(self, tokens: NDArray[np.uint32], cache_key: str = "", known: bytes = b"") -> bytes:
         """Hashes of the full blocks of `tokens` (shape (n,)), 8 bytes each, n // block_tokens of them.
@@ -43,8 +45,8 @@ class BlockHasher:
     def tail(self, tokens: NDArray[np.uint32], blocks: int, count: int) -> bytes:
         """Hash of the `count` tokens behind the first `blocks` blocks, fewer than fill a block."""
         start = blocks * self.block_tokens
-        part = tokens[start : start + count]
-        return int((part * self._keys[: len(part)]).sum(dtype=np.uint64)).to_bytes(HASH_BYTES, "big")
+        part: list[int] = tokens[start : start + count].tolist()
+        return (sum(map(operator.mul, part, self._factors)) & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(HASH_BYTES, "big")
 
     def size(self, tokens: int) -> int:
         """Bytes of the hashes of so many tokens."""

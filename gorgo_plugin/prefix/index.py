@@ -19,8 +19,8 @@ from gorgo_plugin.prefix.blocks import HASH_BYTES
 
 # A prompt made to branch at every block would turn a lookup into one step per block; a conversation has some dozens.
 MAX_WALK_NODES = 4096
-# Replicas that stop matching at the same place are told apart one by one, or from so many on as an array.
-FEW_REPLICAS = 4
+# Sets of replicas kept as arrays, half a kilobyte each at 64 replicas.
+MAX_MASKS = 4096
 # Parts of a prompt whose last use a credit remembers; a flight keeps it until its usage is known.
 MAX_STAMPS = 256
 # Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
@@ -102,7 +102,7 @@ class PrefixIndex:
         self._tick = 0
         self._bit_of: dict[int, int] = {}
         self._owner: dict[int, int] = {}  # bit -> replica
-        self._owners = np.empty(0, dtype=np.intp)  # the same as an array, -1 where there is none
+        self._replicas_by_mask: dict[int, NDArray[np.intp]] = {}
         self._free_bits: list[int] = []
         self._retired: list[int] = []
         self._capacity: dict[int, int] = {}  # replica -> blocks
@@ -143,15 +143,23 @@ class PrefixIndex:
         """What `walk` found, as an array of shape (replicas,)."""
         found, owner = np.zeros(replicas), self._owner
         for mask, depth in walk:
-            if mask.bit_count() <= FEW_REPLICAS:
-                for bit in _bits(mask):
-                    if bit in owner:
-                        found[owner[bit]] = depth
+            if not mask & (mask - 1):  # one replica alone
+                bit = mask.bit_length() - 1
+                if bit in owner:
+                    found[owner[bit]] = depth
             else:
-                octets = np.frombuffer(mask.to_bytes(-(-mask.bit_length() // 8), "little"), dtype=np.uint8)
-                owners = self._owners[np.flatnonzero(np.unpackbits(octets, bitorder="little"))]
-                found[owners[owners >= 0]] = depth
+                found[self._replicas_of(mask)] = depth
         return found
+
+    def _replicas_of(self, mask: int) -> NDArray[np.intp]:
+        """The replicas whose bits are set: mostly the same sets, those that hold a system prompt but for one or two."""
+        replicas = self._replicas_by_mask.get(mask)
+        if replicas is None:
+            if len(self._replicas_by_mask) >= MAX_MASKS:
+                self._replicas_by_mask.clear()
+            owned = [self._owner[bit] for bit in _bits(mask) if bit in self._owner]
+            replicas = self._replicas_by_mask[mask] = np.array(owned, dtype=np.intp)
+        return replicas
 
     def walk(self, hashes: bytes) -> list[tuple[int, int]]:
         """(mask of replicas, leading blocks of `hashes` that they hold), the fewest blocks first."""
@@ -389,7 +397,7 @@ class PrefixIndex:
 
     def _retire(self, bit: int) -> None:
         del self._owner[bit]
-        self._owners[bit] = -1
+        self._replicas_by_mask.clear()
         self._retired.append(bit)
 
     def _assign_bit(self, replica: int) -> None:
@@ -397,9 +405,9 @@ class PrefixIndex:
             bit = self._free_bits.pop()
         else:
             bit, self._next_bit = self._next_bit, self._next_bit + 1
-            self._owners = np.append(self._owners, -1)
         self._bit_of[replica] = bit
-        self._owner[bit] = self._owners[bit] = replica
+        self._owner[bit] = replica
+        self._replicas_by_mask.clear()
         self._held[bit] = 0
         self._heaps[bit] = []
         self._evicted[bit] = 0

@@ -143,7 +143,8 @@ class Metrics:
         served = {model for replica in settings.replicas for model in replica.models or ()}
         self._models = frozenset({"", *settings.models, *served})
         self._policy = settings.policy
-        self._settings = settings
+        own = {name: model.block_tokens for name, model in settings.models.items() if model.block_tokens is not None}
+        self._block_tokens, self._own_block_tokens = settings.block_tokens, own
 
     def read_from(self, readings: Callable[[], Iterable[Reading]]) -> None:
         """Have the derived metrics read there whenever Prometheus asks, until `close`."""
@@ -203,7 +204,9 @@ class Metrics:
         if reported_cached is not None:
             self._note(max(estimated_cached, 0), "gorgo_estimated_cached_tokens_total", *labels)
             self._note(max(reported_cached, 0), "gorgo_reported_cached_tokens_total", *labels)
-            verdict = verdict_on(estimated_cached, reported_cached, self._block_tokens(model))
+            verdict = verdict_on(
+                estimated_cached, reported_cached, self._own_block_tokens.get(model, self._block_tokens)
+            )
             self._note(1.0, "gorgo_cached_estimates_total", *labels, verdict)
 
     def failed(self, replica: str, kind: str) -> None:
@@ -247,9 +250,6 @@ class Metrics:
 
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
-
-    def _block_tokens(self, model: str) -> int:
-        return self._settings.model_settings(model).block_tokens or self._settings.block_tokens
 
     def _replica(self, replica: str) -> tuple[str, str]:
         region = self._regions.get(replica)
