@@ -46,7 +46,8 @@ class BlockHasher:
         """Hash of the `count` tokens behind the first `blocks` blocks, fewer than fill a block."""
         start = blocks * self.block_tokens
         part: list[int] = tokens[start : start + count].tolist()
-        return (sum(map(operator.mul, part, self._factors)) & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(HASH_BYTES, "big")
+        hashed: int = sum(map(operator.mul, part, self._factors)) & 0xFFFF_FFFF_FFFF_FFFF
+        return hashed.to_bytes(HASH_BYTES, "big")
 
     def size(self, tokens: int) -> int:
         """Bytes of the hashes of so many tokens."""

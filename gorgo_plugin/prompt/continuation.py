@@ -150,9 +150,7 @@ def _ends(body: bytes) -> Iterator[int]:
     """Where the messages of a body that was sent before may end: those of the whole first, then ever shorter ones."""
     stop = len(body)
     for _ in range(CLOSINGS_LOOKED_AT):
-        stop = body.rfind(
-            b"}]", max(len(body) - LONG_BYTES, 0), stop
-        )  # further fields take longer to search than to read
+        stop = body.rfind(b"}]", max(len(body) - LONG_BYTES, 0), stop)
         if stop < 0:
             break
         yield stop + 1
