@@ -87,6 +87,18 @@ def conversations(seed: int) -> list[Conversation]:
     return made
 
 
+def fresh_conversations(rng: random.Random) -> list[Conversation]:
+    """Conversations that share nothing with any other."""
+    return [
+        Conversation(
+            name=f"fresh {index}",
+            model="chatml",
+            questions=[f"{rng.getrandbits(64):016x} " + prose(rng, 4000), *(prose(rng, 300) for _ in range(3))],
+        )
+        for index in range(8)
+    ]
+
+
 def _beginning(index: int) -> list[dict[str, Any]]:
     """Nothing, a system prompt, or one with a tool call that has been answered."""
     if index % 4 == 0:

@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import aiohttp
 
-from gorgo_plugin.fleet.processes import Child, free_port, running, until
+from gorgo_plugin.fleet.processes import Child, ProcessError, free_port, running, until
+from tests.real_engine.environment import Unavailable
 from tests.real_engine.model import CONTEXT_TOKENS, KV_BYTES_PER_TOKEN
 
 BLOCK_TOKENS = 32  # vLLM's attention on CPUs takes multiples of 32 only
@@ -44,7 +46,7 @@ async def engines(python: Path, model: Path, folder: Path) -> AsyncIterator[list
     """Run both engines, on the first two cores this program may use, for the length of the block.
 
     Raises:
-        ProcessError: one of them ended, or did not serve in time.
+        Unavailable: one of them ended, or did not serve in time.
     """
     cores = sorted(os.sched_getaffinity(0))
     async with contextlib.AsyncExitStack() as stack:
@@ -52,8 +54,11 @@ async def engines(python: Path, model: Path, folder: Path) -> AsyncIterator[list
         for index, name in enumerate(NAMES):
             context = _start(name, cores[index % len(cores)], python, model, folder)
             started.append(await stack.enter_async_context(context))
-        for engine in started:
-            await until(engine.child, lambda url=engine.url: _healthy(url))
+        try:
+            for engine in started:
+                await until(engine.child, partial(_healthy, engine.url))
+        except ProcessError as error:
+            raise Unavailable(str(error)) from None
         yield started
 
 
@@ -101,4 +106,3 @@ def _environment(core: int, cache: Path) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # serves /reset_prefix_cache
         "VLLM_CACHE_ROOT": str(cache),
     }
-

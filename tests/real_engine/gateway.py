@@ -7,11 +7,13 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
+from numpy.typing import NDArray
 
 from gorgo_plugin import Router, Settings
 from gorgo_plugin.fleet.gateway import API_KEY, litellm_proxy
@@ -20,6 +22,7 @@ from tests.real_engine.model import HEADERS
 
 REQUEST_TIMEOUT_S = 60.0  # the longest prompt takes 3 s on a core of its own
 MAX_TOKENS = 80  # more than two blocks, so that generated tokens fill blocks of their own
+_NOT_SHOWN = ("tokens", "text")
 _CHAT = "/v1/chat/completions"
 
 
@@ -30,7 +33,7 @@ class Turn:
     Attributes:
         model: model group asked.
         replica: who served it, as the response headers say.
-        local_tokens: the prompt's tokens counted here.
+        tokens: the prompt's ids as counted here, shape (n,).
         estimated_tokens: believed cached when it was routed.
         predicted_ms: the TTFT predicted then.
         prompt_tokens, cached_tokens, output_tokens: as the engine reported.
@@ -40,7 +43,7 @@ class Turn:
 
     model: str
     replica: str
-    local_tokens: int
+    tokens: NDArray[np.uint32]
     estimated_tokens: int
     predicted_ms: float
     prompt_tokens: int
@@ -50,9 +53,14 @@ class Turn:
     text: str
 
     @property
-    def off_tokens(self) -> int:
+    def over_tokens(self) -> int:
         """Estimated less reported."""
         return self.estimated_tokens - self.cached_tokens
+
+    def figures(self) -> dict[str, Any]:
+        """As plain data, without texts and ids."""
+        shown = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_SHOWN}
+        return {"local_tokens": len(self.tokens), **shown}
 
 
 class RequestFailed(Exception):
@@ -98,7 +106,7 @@ class Gateway:
         return Turn(
             model=model,
             replica=headers["x-gorgo-replica"],
-            local_tokens=len(local.tokens),
+            tokens=np.asarray(local.tokens),
             estimated_tokens=int(headers["x-gorgo-cached-tokens"]),
             predicted_ms=float(headers["x-gorgo-predicted-ttft-ms"]),
             prompt_tokens=usage["prompt_tokens"],

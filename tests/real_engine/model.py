@@ -85,7 +85,11 @@ def word_ids(folder: Path) -> list[int]:
     return sorted(
         index
         for token, index in vocabulary.items()
-        if token.startswith("Ġ") and len(token) > 3 and token[1:].isascii() and token[1:].islower() and token[1:].isalpha()
+        if token.startswith("Ġ")
+        and len(token) > 3
+        and token[1:].isascii()
+        and token[1:].islower()
+        and token[1:].isalpha()
     )
 
 

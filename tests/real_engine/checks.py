@@ -1,0 +1,149 @@
+"""From what the engines answered to the rows of the table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.real_engine.engines import BLOCK_TOKENS, NAMES
+from tests.real_engine.gateway import Turn
+from tests.real_engine.replay import Asked, Crossing
+
+FORGOTTEN_SHARE = 0.5  # a conversation of which the engine found less than this of its history has been evicted
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row: what was looked at, the figure, and whether it is as it must be (None: a figure without a verdict)."""
+
+    name: str
+    figure: str
+    passed: bool | None = None
+
+
+def counted(asked: Sequence[Asked]) -> list[Check]:
+    """Local token counts against the engines'."""
+    rows = []
+    for model in sorted({one.turn.model for one in asked}):
+        turns = [one.turn for one in asked if one.turn.model == model]
+        equal = sum(len(turn.tokens) == turn.prompt_tokens for turn in turns)
+        tokens = sum(turn.prompt_tokens for turn in turns)
+        figure = f"{equal} of {len(turns)} prompts equal, {tokens:,} tokens"
+        rows.append(Check(f"token count = usage.prompt_tokens, template '{model}'", figure, equal == len(turns)))
+    return rows
+
+
+def estimated(asked: Sequence[Asked], name: str, exact: bool = False) -> list[Check]:
+    """Estimated cached tokens against the reported ones.
+
+    What the engine keeps of its own answer cannot be known from prompts, so without KV events an estimate may lie
+    anywhere between the report without it and the report with it, give or take a block.
+    """
+    off = [one.turn.over_tokens for one in asked]
+    block = 0 if exact else BLOCK_TOKENS
+    low = [-block - (0 if exact else one.generated_cached_tokens) for one in asked]
+    inside = sum(least <= over <= block for least, over in zip(low, off, strict=True))
+    equal = sum(over == 0 for over in off)
+    share = sum(map(abs, off)) / sum(one.turn.prompt_tokens for one in asked)
+    figure = f"{inside} of {len(off)}; {equal} equal, most {max(off):+d} and {min(off):+d}, mean |error| {share:.2%}"
+    return [Check(name, figure, inside == len(off))]
+
+
+def generated(asked: Sequence[Asked], words: bool) -> Check:
+    """How much of the answers the engines found again in the next prompt."""
+    kind = "of whole words" if words else "of random tokens"
+    mine = [one for one in asked if one.conversation.words == words and one.generated_tokens]
+    kept, found = sum(one.generated_tokens for one in mine), sum(one.generated_cached_tokens for one in mine)
+    credited = sum(
+        min(max(one.generated_cached_tokens + min(one.turn.over_tokens, 0), 0), one.generated_cached_tokens)
+        for one in mine
+    )
+    figure = f"{found:,} of {kept:,} tokens ({found / max(kept, 1):.0%}) in {len(mine)} turns; {credited:,} estimated"
+    return Check(f"answers {kind} found cached a turn later", figure)
+
+
+def returned(asked: Sequence[Asked]) -> list[Check]:
+    """Whether later turns went where the conversation is cached."""
+    rows = []
+    for name, later in (("second", [one for one in asked if one.number == 1]), ("later", [*asked])):
+        pairs = [(one.turn.replica, one.before.replica) for one in later if one.before is not None]
+        same = sum(now == before for now, before in pairs)
+        figure = f"{same} of {len(pairs)} ({same / len(pairs):.0%})"
+        rows.append(Check(f"{name} turns on the replica that has the conversation", figure, same == len(pairs)))
+    first = [one.turn.replica for one in asked if one.before is None]
+    spread = ", ".join(f"{first.count(name)} on {name}" for name in NAMES)
+    rows.append(Check("conversations begun", spread, all(map(first.count, NAMES))))
+    return rows
+
+
+def crossed(crossings: Sequence[Crossing]) -> list[Check]:
+    """Whether short prompts avoided the replica with a long one in flight."""
+    during = [crossing for crossing in crossings if crossing.in_time]
+    shorts = [(short.replica, crossing.long.replica) for crossing in during for short in crossing.shorts]
+    away = sum(short != long for short, long in shorts)
+    long_ms = statistics.median(crossing.long.ttft_ms for crossing in crossings)
+    short_ms = statistics.median(short.ttft_ms for crossing in crossings for short in crossing.shorts)
+    tokens = statistics.median(crossing.long.prompt_tokens for crossing in crossings)
+    figure = (
+        f"{away} of {len(shorts)} beside {len(during)} prompts of {tokens:,.0f} tokens; "
+        f"TTFT {short_ms:.0f} ms beside {long_ms:,.0f}"
+    )
+    return [Check("a long prompt in flight sends others away", figure, bool(shorts) and away == len(shorts))]
+
+
+def evicted(asked: Sequence[Asked], filled: dict[str, float]) -> list[Check]:
+    """Whether an overfilled cache was forgotten, its size being known."""
+    gone = sum(_was_evicted(one) for one in asked)
+    over = [one.turn.over_tokens for one in asked]
+    wrong = sum(tokens > BLOCK_TOKENS for tokens in over)
+    caches = ", ".join(f"{name} {times:.1f}" for name, times in filled.items())
+    figure = (
+        f"{wrong} of {len(over)} estimates too high by more than a block, most {max(over):+d}; "
+        f"{gone} had been evicted (caches filled {caches} times)"
+    )
+    return [Check("an overfilled cache is forgotten: its size known", figure, wrong == 0 and gone > 0)]
+
+
+def corrected(first: Sequence[Asked], second: Sequence[Asked]) -> list[Check]:
+    """Whether usage taught what was evicted, the size being taken for far more than it is.
+
+    Engines evict what was least recently used, so one missing block tells that all that was last used before it is
+    gone. The conversations came back latest first: one surprise per replica then tells of all the others.
+    """
+    wrong = [one for one in first if one.turn.over_tokens > BLOCK_TOKENS]
+    gone = sum(_was_evicted(one) for one in first)
+    most = max(wrong and [sum(one.turn.replica == name for one in wrong) for name in NAMES] or [0])
+    figure = (
+        f"{len(wrong)} of {len(first)} estimates too high, at most {most} for a replica, before usage had told; "
+        f"{gone} had been evicted"
+    )
+    again = [one.turn.over_tokens for one in second]
+    still = sum(over > BLOCK_TOKENS for over in again)
+    return [
+        Check("an overfilled cache is forgotten: told by usage", figure, 0 < most <= 1),
+        Check("the turn after", f"{still} of {len(again)} estimates too high, most {max(again):+d}", still == 0),
+    ]
+
+
+def _was_evicted(one: Asked) -> bool:
+    return one.before is not None and one.turn.cached_tokens < FORGOTTEN_SHARE * one.before.prompt_tokens
+
+
+def predicted(turns: Sequence[Turn]) -> Check:
+    """Predicted against actual TTFT."""
+    said = np.array([turn.predicted_ms for turn in turns])
+    was = np.array([turn.ttft_ms for turn in turns])
+    error = float(np.median(np.abs(said - was)))
+    correlation = float(np.corrcoef(_ranks(said), _ranks(was))[0, 1])
+    figure = (
+        f"median |error| {error:.0f} ms of {np.median(was):.0f}, rank correlation {correlation:.3f}, n {len(turns)}"
+    )
+    return Check("predicted against actual TTFT", figure)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0; ties keep their order, which in a few hundred real times there are hardly any of."""
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
