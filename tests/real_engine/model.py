@@ -7,6 +7,7 @@ tokenizer and a template is a whole model. Its answers are noise; what it counts
 from __future__ import annotations
 
 import json
+import re
 import sysconfig
 from pathlib import Path
 
@@ -20,6 +21,7 @@ LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 64
 # Keys and values of all layers in bfloat16: 2 KiB a token, so that a cache of 64 MiB holds 32,768 tokens.
 KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2
 
+_WORD = re.compile("Ġ[a-z]{3,}")  # Ġ is how byte-level tokenizers write the space
 HEADER_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 # ChatML with tools and their calls, as Hermes and Qwen write them.
@@ -65,7 +67,7 @@ HEADERS = r"""
 
 
 def write_model(folder: Path) -> None:
-    """Write a model that vLLM and transformers load: configuration, tokenizer, ChatML; Llama-3's template beside them."""
+    """Write a model that vLLM loads: configuration, tokenizer, ChatML as its template; Llama-3's style beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train(standard_library(Path(sysconfig.get_path("stdlib"))), VOCABULARY)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in HEADER_TOKENS])
@@ -82,15 +84,7 @@ def word_ids(folder: Path) -> list[int]:
     A text of such tokens alone is tokenized again to the same ids, as most of what a trained model writes is.
     """
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    return sorted(
-        index
-        for token, index in vocabulary.items()
-        if token.startswith("Ġ")
-        and len(token) > 3
-        and token[1:].isascii()
-        and token[1:].islower()
-        and token[1:].isalpha()
-    )
+    return sorted(index for token, index in vocabulary.items() if _WORD.fullmatch(token))
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from tests.real_engine.conversations import Conversation, prose
 from tests.real_engine.engines import BLOCK_TOKENS, KV_TOKENS, NAMES
@@ -16,7 +17,9 @@ from tests.real_engine.gateway import Gateway, Turn
 
 AT_ONCE = 4  # conversations begin four at a time, so that both engines get some
 LONG_CHARS = 21_000  # 6,000 to 7,500 tokens: seconds of prefill on one core
-FLOOD_PROMPTS = 16  # of that length: about 1.6 times what both caches hold
+FLOODED = "chatml"  # the model group that long prompts are sent to
+FLOOD_PROMPTS = 24  # of that length: about twice what both caches hold
+MARGIN_PROMPTS = 5  # after what went before: a little more than they hold
 SHORT_PROMPTS = 3  # sent while a long one is in flight
 LONG_ROUNDS = 4
 SEEN_WITHIN_S = 10.0  # a dispatched request shows in the status
@@ -53,8 +56,9 @@ def _blocks(tokens: int) -> int:
 
 def _shared(one: Turn, other: Turn) -> int:
     """Leading tokens two prompts share."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.tokens.tolist(), other.tokens.tolist()))
-    return sum(1 for _ in pairs)
+    length = min(len(one.tokens), len(other.tokens))
+    differ = np.flatnonzero(one.tokens[:length] != other.tokens[:length])
+    return int(differ[0]) if len(differ) else length
 
 
 class Replay:
@@ -101,15 +105,15 @@ async def play(replay: Replay, conversations: Sequence[Conversation], turns: int
     return asked
 
 
-async def flood(gateway: Gateway, rng: random.Random) -> list[Turn]:
-    """Long prompts that share nothing, until both caches have been filled anew."""
+async def flood(gateway: Gateway, rng: random.Random, prompts: int = FLOOD_PROMPTS) -> list[Turn]:
+    """Long prompts that share nothing; by default as many as fill both caches anew."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(text: str) -> Turn:
         async with gate:
-            return await gateway.ask("chatml", _fresh(text), max_tokens=2)
+            return await gateway.ask(FLOODED, _fresh(text), max_tokens=2)
 
-    texts = [long_text(rng) for _ in range(FLOOD_PROMPTS)]
+    texts = [long_text(rng) for _ in range(prompts)]
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(text)) for text in texts]
     return [task.result() for task in tasks]
@@ -136,12 +140,12 @@ class Crossing:
 async def cross(gateway: Gateway, rng: random.Random) -> Crossing:
     """Send a long prompt, and while it is in flight short ones, one after the other."""
     sent_s = time.monotonic()
-    task = asyncio.create_task(gateway.ask("chatml", _fresh(long_text(rng)), max_tokens=2))
+    task = asyncio.create_task(gateway.ask(FLOODED, _fresh(long_text(rng)), max_tokens=2))
     await _until_in_flight(gateway, task)
     shorts = []
     for _ in range(SHORT_PROMPTS):
         text = f"{rng.getrandbits(64):016x} " + prose(rng, 300)
-        shorts.append(await gateway.ask("chatml", _fresh(text), max_tokens=2))
+        shorts.append(await gateway.ask(FLOODED, _fresh(text), max_tokens=2))
     answered_ms = (time.monotonic() - sent_s) * 1e3
     long = await task
     return Crossing(long, shorts, answered_ms < long.ttft_ms)

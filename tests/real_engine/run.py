@@ -28,7 +28,7 @@ from tests.real_engine.engines import KV_TOKENS, Engine, engines
 from tests.real_engine.environment import Unavailable, engine_python, versions
 from tests.real_engine.gateway import RequestFailed, Turn, gateway
 from tests.real_engine.model import word_ids, write_model
-from tests.real_engine.replay import LONG_ROUNDS, Asked, Replay, cross, flood, flooded, play
+from tests.real_engine.replay import LONG_ROUNDS, MARGIN_PROMPTS, Asked, Replay, cross, flood, flooded, play
 
 SKIPPED = 77  # what automake and others take for a test that could not be run
 TIME_LIMIT_S = 600.0
@@ -63,12 +63,16 @@ class Run:
             asked = await play(replay, talks, TURNS)
             self._note("conversations", asked)
             self.rows += checks.counted(asked)
-            self.rows += checks.estimated(asked, "cached tokens, estimated within a block of reported")
-            self.rows += [checks.generated(asked, words) for words in (True, False)]
+            self.rows += checks.estimated(asked)
+            self.rows += checks.generated(asked)
             self.rows += checks.returned(asked)
             crossings = [await cross(proxy, rng) for _ in range(LONG_ROUNDS)]
             self.turns["crossings"] = [turn for one in crossings for turn in (one.long, *one.shorts)]
             self.rows += checks.crossed(crossings)
+            await flood(proxy, rng, MARGIN_PROMPTS)
+            late = await replay.round(talks)
+            self._note("at the margin", late)
+            self.rows.append(checks.at_the_margin(late))
             self.turns["flood"] = await flood(proxy, rng)
             late = await replay.round(talks)
             self._note("after the flood", late)
