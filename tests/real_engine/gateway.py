@@ -125,7 +125,8 @@ class Gateway:
 
 async def _read(answer: aiohttp.ClientResponse) -> tuple[str, dict[str, Any], float]:
     """(text, usage, time of the first content) of a stream of server-sent events."""
-    text, usage, first_s = "", {}, None
+    text, first_s = "", None
+    usage: dict[str, Any] = {}
     async for line in answer.content:
         if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
             continue
@@ -197,7 +198,7 @@ async def gateway(
 
 
 def _deployment(engine: Engine, group: str, own: dict[str, Any], **extra_body: Any) -> dict[str, Any]:
-    params = {"model": f"hosted_vllm/{group}", "api_base": f"{engine.url}/v1", "api_key": "none"}
+    params: dict[str, Any] = {"model": f"hosted_vllm/{group}", "api_base": f"{engine.url}/v1", "api_key": "none"}
     if extra_body:
         params["extra_body"] = extra_body
     return {
