@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pydoc_data import topics
 from typing import Any
 
-TURNS = 4
+TURNS = 4  # of the first replay
+LATER_TURNS = 3  # after a cache has begun to overflow, has overflowed, has been emptied
 SYSTEM = (
     "You are an assistant for people who read and write Python. Answer in the language of the question, briefly, and "
     "say so when you do not know. Quote the documentation where it settles a question.\n\n"
@@ -78,7 +79,7 @@ def conversations(seed: int) -> list[Conversation]:
             Conversation(
                 name=f"conversation {index}",
                 model=model,
-                questions=[_question(rng, index, turn) for turn in range(TURNS + 2)],
+                questions=[_question(rng, index, turn) for turn in range(TURNS + LATER_TURNS)],
                 messages=_beginning(index) if model == "chatml" else [{"role": "system", "content": SYSTEM}],
                 tools=TOOLS if model == "chatml" and index % 4 == 2 else None,
                 words=index % 2 == 1,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -23,14 +23,14 @@ MODELS = ("chatml", "headers")  # names of one model; the second is asked with t
 NAMES = ("alpha", "beta")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Engine:
-    """One running engine.
+    """One engine.
 
     Attributes:
         name: of the replica.
         url: where its API listens.
-        events, replay: ZMQ addresses of its KV events and of their replay, as a subscriber connects to them.
+        events, replay: ZMQ addresses of its KV events and of their replay; files, so that nothing listens outside.
         child: its process.
     """
 
@@ -39,6 +39,37 @@ class Engine:
     events: str
     replay: str
     child: Child
+    _start: Callable[[], Awaitable[Child]]
+
+    async def serves(self) -> None:
+        """Await that it answers.
+
+        Raises:
+            ProcessError: it ended, or did not serve in time.
+        """
+        await until(self.child, self._healthy)
+
+    async def restart(self) -> None:
+        """End it and start it anew at the same addresses.
+
+        Raises:
+            ProcessError: it ended, or did not serve in time.
+        """
+        await self.child.stop()
+        self.child = await self._start()
+        await self.serves()
+
+    async def reset_cache(self) -> None:
+        """Empty its prefix cache; only an engine without a request does it."""
+        async with aiohttp.ClientSession(raise_for_status=True) as session:
+            await session.post(f"{self.url}/reset_prefix_cache")
+
+    async def _healthy(self) -> bool:
+        try:
+            async with aiohttp.ClientSession() as session, session.get(f"{self.url}/health") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
 
 
 @contextlib.asynccontextmanager
@@ -50,51 +81,37 @@ async def engines(python: Path, model: Path, folder: Path) -> AsyncIterator[list
     """
     cores = sorted(os.sched_getaffinity(0))
     async with contextlib.AsyncExitStack() as stack:
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="gorgo-kv-"))
         started = []
         for index, name in enumerate(NAMES):
-            context = _start(name, cores[index % len(cores)], python, model, folder)
-            started.append(await stack.enter_async_context(context))
+            port, events, replay = free_port(), f"ipc://{sockets}/{name}-events", f"ipc://{sockets}/{name}-replay"
+            command = _command(python, model, port, events, replay)
+            environment = _environment(cores[index % len(cores)], folder / f"{name}.cache")
+
+            async def start(
+                name: str = name, command: list[str] = command, environment: dict[str, str] = environment
+            ) -> Child:
+                child = running(f"engine {name}", command, folder / f"{name}.log", environment)
+                return await stack.enter_async_context(child)
+
+            started.append(Engine(name, f"http://127.0.0.1:{port}", events, replay, await start(), start))
         try:
             for engine in started:
-                await until(engine.child, partial(_healthy, engine.url))
+                await engine.serves()
         except ProcessError as error:
             raise Unavailable(str(error)) from None
         yield started
 
 
-@contextlib.asynccontextmanager
-async def _start(name: str, core: int, python: Path, model: Path, folder: Path) -> AsyncIterator[Engine]:
-    port, events, replay = (free_port() for _ in range(3))
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    command += _arguments(model, {"endpoint": f"tcp://*:{events}", "replay_endpoint": f"tcp://*:{replay}"})
-    environment = _environment(core, folder / f"{name}.cache")
-    async with running(f"engine {name}", command, folder / f"{name}.log", environment) as child:
-        url, loopback = f"http://127.0.0.1:{port}", "tcp://127.0.0.1"
-        yield Engine(name, url, f"{loopback}:{events}", f"{loopback}:{replay}", child)
-
-
-async def _healthy(url: str) -> bool:
-    try:
-        async with aiohttp.ClientSession() as session, session.get(f"{url}/health") as answer:
-            return answer.status == 200
-    except aiohttp.ClientError:
-        return False
-
-
-async def reset_cache(engine: Engine) -> None:
-    """Empty an engine's prefix cache; only an engine without a request does it."""
-    async with aiohttp.ClientSession(raise_for_status=True) as session:
-        await session.post(f"{engine.url}/reset_prefix_cache")
-
-
-def _arguments(model: Path, endpoints: Mapping[str, str]) -> list[str]:
-    events = {"enable_kv_cache_events": True, "publisher": "zmq", **endpoints}
+def _command(python: Path, model: Path, port: int, events: str, replay: str) -> list[str]:
+    publisher = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events, "replay_endpoint": replay}
     return [
+        *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
         *("--model", str(model), "--served-model-name", *MODELS, "--load-format", "dummy", "--dtype", "bfloat16"),
         *("--enforce-eager", "--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", str(KV_BYTES)),
         *("--max-model-len", str(CONTEXT_TOKENS), "--enable-prompt-tokens-details", "--generation-config", "vllm"),
         *("--trust-request-chat-template", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-        *("--disable-uvicorn-access-log", "--kv-events-config", json.dumps(events)),
+        *("--disable-uvicorn-access-log", "--kv-events-config", json.dumps(publisher)),
     ]
 
 

@@ -97,9 +97,11 @@ class Replay:
         self._gateway = gateway
 
 
-async def play(replay: Replay, conversations: Sequence[Conversation], turns: int) -> list[Asked]:
+async def play(
+    replay: Replay, conversations: Sequence[Conversation], turns: int, at_once: int = AT_ONCE
+) -> list[Asked]:
     """So many turns of each: the first ones several at once, later ones one by one, so that nobody need wait."""
-    asked = await replay.round(conversations, AT_ONCE)
+    asked = await replay.round(conversations, at_once)
     for _ in range(turns - 1):
         asked += await replay.round(conversations)
     return asked
