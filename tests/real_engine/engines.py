@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +73,23 @@ class Engine:
 
 
 @contextlib.asynccontextmanager
-async def engines(python: Path, model: Path, folder: Path) -> AsyncIterator[list[Engine]]:
-    """Run both engines, on the first two cores this program may use, for the length of the block.
+async def engines(
+    python: Path,
+    model: Path,
+    folder: Path,
+    names: Sequence[str] = NAMES,
+    kv_bytes: int = KV_BYTES,
+    context_tokens: int = CONTEXT_TOKENS,
+) -> AsyncIterator[list[Engine]]:
+    """Run engines for the length of the block, each on one of the cores this program may use.
+
+    Args:
+        python: the interpreter of their environment.
+        model: folder of the model.
+        folder: for their logs and caches.
+        names: of the engines.
+        kv_bytes: size of each one's KV cache.
+        context_tokens: longest prompt with its answer.
 
     Raises:
         Unavailable: one of them ended, or did not serve in time.
@@ -83,9 +98,12 @@ async def engines(python: Path, model: Path, folder: Path) -> AsyncIterator[list
     async with contextlib.AsyncExitStack() as stack:
         sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="gorgo-kv-"))
         started = []
-        for index, name in enumerate(NAMES):
+        for index, name in enumerate(names):
             port, events, replay = free_port(), f"ipc://{sockets}/{name}-events", f"ipc://{sockets}/{name}-replay"
-            command = _command(python, model, port, events, replay)
+            command = [
+                *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
+                *_arguments(model, events, replay, kv_bytes, context_tokens),
+            ]
             environment = _environment(cores[index % len(cores)], folder / f"{name}.cache")
 
             async def start(
@@ -103,13 +121,12 @@ async def engines(python: Path, model: Path, folder: Path) -> AsyncIterator[list
         yield started
 
 
-def _command(python: Path, model: Path, port: int, events: str, replay: str) -> list[str]:
+def _arguments(model: Path, events: str, replay: str, kv_bytes: int, context_tokens: int) -> list[str]:
     publisher = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events, "replay_endpoint": replay}
     return [
-        *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
         *("--model", str(model), "--served-model-name", *MODELS, "--load-format", "dummy", "--dtype", "bfloat16"),
-        *("--enforce-eager", "--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", str(KV_BYTES)),
-        *("--max-model-len", str(CONTEXT_TOKENS), "--enable-prompt-tokens-details", "--generation-config", "vllm"),
+        *("--enforce-eager", "--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", str(kv_bytes)),
+        *("--max-model-len", str(context_tokens), "--enable-prompt-tokens-details", "--generation-config", "vllm"),
         *("--trust-request-chat-template", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         *("--disable-uvicorn-access-log", "--kv-events-config", json.dumps(publisher)),
     ]
