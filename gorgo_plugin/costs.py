@@ -1,28 +1,32 @@
-"""The costs of a decision, built only when somebody looks."""
+"""The costs of a decision and its failover order, worked out only when somebody looks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from gorgo_plugin.decision import Cost
+from gorgo_plugin.decision import Cost, Costs
 from gorgo_plugin.policies import View
-from gorgo_plugin.signals.columns import FloatArray
+from gorgo_plugin.policies.pick import Choice
 
 
-class CostTable(Mapping[str, Cost]):
+class CostTable(Costs):
     """Replica name -> `Cost`, over the arrays a decision was made from."""
 
-    __slots__ = ("_rows", "_scores", "_view")
+    __slots__ = ("_choice", "_view")
 
-    def __init__(self, view: View, scores: FloatArray) -> None:
+    def __init__(self, view: View, choice: Choice) -> None:
         self._view = view
-        self._scores = scores
-        self._rows: dict[str, int] | None = None
+        self._choice = choice
 
     def __getitem__(self, name: str) -> Cost:
-        if self._rows is None:
-            self._rows = {known: row for row, known in enumerate(self._view.names)}
-        return self._at(self._rows[name])
+        names = self._view.names
+        row = self._choice.row  # the one that is asked for most
+        if names[row] != name:
+            try:
+                row = names.index(name)
+            except ValueError:
+                raise KeyError(name) from None
+        return self._at(row)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._view.names)
@@ -30,15 +34,20 @@ class CostTable(Mapping[str, Cost]):
     def __len__(self) -> int:
         return len(self._view.names)
 
+    def ranked(self) -> list[str]:
+        """Names, the chosen one first, then the cheapest."""
+        return [self._view.names[row] for row in self._choice.ranked]
+
     def _at(self, row: int) -> Cost:
         view = self._view
+        cached, uncached = view.cached_tokens.item(row), view.uncached_tokens.item(row)
         return Cost(
-            network_ms=float(view.network_ms[row]),
-            doubt_ms=float(view.doubt_ms[row]),
-            queue_ms=float(view.queue_ms[row]),
-            prefill_ms=float(view.prefill_ms[row]),
-            total_ms=float(view.total_ms[row]),
-            score=float(self._scores[row]),
-            cached_tokens=round(float(view.cached_tokens[row])),
-            uncached_tokens=round(float(view.uncached_tokens[row])),
+            network_ms=view.network_ms.item(row),
+            doubt_ms=view.doubt_ms.item(row),
+            queue_ms=view.queue_ms.item(row),
+            prefill_ms=view.prefill_ms.item(row),
+            total_ms=view.total_ms.item(row),
+            score=self._choice.scores.item(row),
+            cached_tokens=round(cached),
+            uncached_tokens=round(uncached),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gorgo_plugin.errors import PromptError
+from gorgo_plugin.prefix.blocks import Blocks
 
 MAX_TOKEN_ID = 2**32 - 1  # token ids are held as uint32; the largest vocabularies have under 2**19 entries
 
@@ -52,6 +54,7 @@ class Prompt:
         affinity_key: what `session-affinity` hashes (session, conversation or user); None: the first 256 tokens.
         cache_key: what else separates engine caches (LoRA adapter, `cache_salt`); "" when nothing does.
         exact: the ids are the engine's own; False: counts are an estimate and are scaled by what engines report.
+        blocks: hashes of its blocks, where `Router.prepare` has them from earlier requests; only for that router.
     """
 
     tokens: NDArray[np.uint32]
@@ -61,6 +64,7 @@ class Prompt:
     affinity_key: str | None = None
     cache_key: str = ""
     exact: bool = True
+    blocks: Blocks | None = None
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Prompt:
         affinity_key: str | None = None,
         cache_key: str = "",
         exact: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "tokens", token_array(tokens))
@@ -80,6 +85,7 @@ class Prompt:
         put(self, "affinity_key", affinity_key)
         put(self, "cache_key", cache_key)
         put(self, "exact", exact)
+        put(self, "blocks", blocks)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -115,6 +121,16 @@ class Cost:
         return self.network_ms + self.queue_ms + self.prefill_ms
 
 
+class Costs(Mapping[str, Cost]):
+    """Replica name -> `Cost`, worked out when it is looked at."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def ranked(self) -> list[str]:
+        """Names in failover order."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
     """The outcome of routing one request.
@@ -125,8 +141,7 @@ class Decision:
         replica: name of the chosen replica.
         region: its region label.
         reason: kebab-case; why this one (`cheapest`, `near-tie`, `only-candidate`, `retry`, ...).
-        ranked: candidate names, cheapest first: the failover order. `ranked[0]` is `replica`.
-        costs: replica name -> `Cost`, built only when looked at.
+        costs: replica name -> `Cost`, worked out only when looked at.
     """
 
     request_id: str
@@ -134,5 +149,9 @@ class Decision:
     replica: str
     region: str
     reason: str
-    ranked: Sequence[str]
-    costs: Mapping[str, Cost]
+    costs: Costs
+
+    @property
+    def ranked(self) -> Sequence[str]:
+        """Candidate names, cheapest first: the failover order. `ranked[0]` is `replica`."""
+        return self.costs.ranked()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-from gorgo_plugin.prefix import BlockHasher, Credit, PrefixIndex
+import numpy as np
+
+from gorgo_plugin.decision import Prompt
+from gorgo_plugin.prefix import Credit, PrefixIndex, block_hasher
 from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals import RateTable
+from gorgo_plugin.signals.columns import FloatArray
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
 SCALE_STEP = 0.02  # a change below this is not worth re-sizing the index
@@ -18,7 +22,7 @@ class ModelState:
 
     def __init__(self, block_tokens: int, secret: bytes, prior: RateSettings) -> None:
         self.block_tokens = block_tokens
-        self.hasher = BlockHasher(block_tokens, secret)
+        self.hasher = block_hasher(block_tokens, secret)
         self.index = PrefixIndex()
         self.rates = RateTable(prior)
         self.scale = 1.0
@@ -45,9 +49,20 @@ class ModelState:
         self._kv_tokens.pop(slot, None)
         self.index.remove(slot)
 
-    def cached_tokens(self, blocks: int, own_tokens: int, scale: float) -> float:
-        """Engine tokens that `blocks` matching blocks save a prompt: never its last one (vLLM, SGLang)."""
-        return min(blocks, max(own_tokens - 1, 0) // self.block_tokens) * self.block_tokens * scale
+    def hashes(self, prompt: Prompt) -> bytes:
+        """Hashes of the prompt's full blocks."""
+        if prompt.blocks is not None and prompt.blocks.hasher is self.hasher:
+            return prompt.blocks.hashes
+        return self.hasher.hashes(prompt.tokens, prompt.cache_key)
+
+    def cached_tokens(self, hashes: bytes, own_tokens: int, scale: float, replicas: int) -> FloatArray:
+        """Engine tokens that what each replica holds saves a prompt, shape (replicas,): never its last token.
+
+        vLLM and SGLang compute the last token of every prompt anew.
+        """
+        blocks = np.minimum(self.index.blocks(hashes, replicas), max(own_tokens - 1, 0) // self.block_tokens)
+        blocks *= self.block_tokens * scale
+        return blocks
 
     def learn_scale(self, own_tokens: int, engine_tokens: int) -> None:
         """Take in how many tokens the engine counted for a prompt counted here with another tokenizer."""

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from cachetools import LRUCache
 
 from gorgo_plugin.settings import ReplicaSettings
-from gorgo_plugin.signals.columns import SlotArray
+from gorgo_plugin.signals.columns import Rows
+
+MAX_CANDIDATES = 256  # lists of candidates kept; a gateway asks with the same few, until a replica goes or comes
 
 
-class Rows(Protocol):
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Replicas that may serve a request.
+
+    Attributes:
+        names, slots: of each.
+        rows: where the tables hold them.
+    """
+
+    names: list[str]
+    slots: list[int]
+    rows: Rows
+
+
+class Follower(Protocol):
     """A table with one row per slot."""
 
     def grow(self, rows: int) -> None:
@@ -22,15 +40,19 @@ class Rows(Protocol):
 
 
 class Replicas:
-    """Names to slots. A replica keeps its slot, and with it what is known of it, as long as its name and url stay."""
+    """Names to slots. A replica keeps its slot, and with it what is known of it, as long as its name and url stay.
 
-    def __init__(self, tables: Iterable[Rows]) -> None:
+    Attributes:
+        rows: how many rows the tables have; slots are below.
+    """
+
+    def __init__(self, tables: Iterable[Follower]) -> None:
         self._tables = list(tables)
         self._by_slot: dict[int, ReplicaSettings] = {}
         self._slot_of: dict[str, int] = {}
-        self._rows = 0
+        self.rows = 0
         self._free: list[int] = []
-        self._serving: dict[str, SlotArray] = {}
+        self._candidates: LRUCache[str | tuple[str, ...], Candidates] = LRUCache(MAX_CANDIDATES)
 
     @property
     def slots(self) -> Sequence[int]:
@@ -49,12 +71,12 @@ class Replicas:
         found = self._by_slot.get(slot)
         return None if found is None else found.name
 
-    def add_table(self, table: Rows) -> None:
+    def add_table(self, table: Follower) -> None:
         """Let one more table follow the rows."""
         self._tables.append(table)
-        table.grow(self._rows)
+        table.grow(self.rows)
 
-    def drop_table(self, table: Rows) -> None:
+    def drop_table(self, table: Follower) -> None:
         """Stop extending a table."""
         self._tables.remove(table)
 
@@ -73,29 +95,44 @@ class Replicas:
             slots[name] = self._take_slot(busy) if known is None else known
             self._by_slot[slots[name]] = replica
         self._slot_of = slots
-        self._serving.clear()
+        self._candidates.clear()
         return removed
 
-    def serving(self, model: str) -> SlotArray:
-        """Slots of the replicas that serve `model`."""
-        slots = self._serving.get(model)
-        if slots is None:
-            chosen = [
-                slot
-                for slot in self._slot_of.values()
-                if (models := self._by_slot[slot].models) is None or not model or model in models
-            ]
-            slots = self._serving[model] = np.array(chosen, dtype=np.intp)
-        return slots
+    def serving(self, model: str) -> Candidates:
+        """The replicas that serve `model`, in the order of configuration."""
+        known = self._candidates.get(model)
+        if known is None:
+            slots = [slot for slot in self._slot_of.values() if _serves(self._by_slot[slot], model)]
+            known = self._candidates[model] = self.at(slots)
+        return known
+
+    def among(self, names: Sequence[str]) -> Candidates:
+        """The replicas of these names, without those that are unknown."""
+        key = tuple(names)
+        known = self._candidates.get(key)
+        if known is None:
+            slots = {slot: None for name in key if (slot := self._slot_of.get(name)) is not None}
+            known = self._candidates[key] = self.at(list(slots))
+        return known
+
+    def at(self, slots: list[int]) -> Candidates:
+        """The replicas in these slots."""
+        follow = slots == list(range(slots[0], slots[0] + len(slots))) if slots else False
+        rows: Rows = slice(slots[0], slots[-1] + 1) if follow else np.array(slots, dtype=np.intp)
+        return Candidates([self._by_slot[slot].name for slot in slots], slots, rows)
 
     def _take_slot(self, busy: set[int]) -> int:
         slot = next((free for free in self._free if free not in busy), None)
         if slot is not None:
             self._free.remove(slot)
         else:
-            slot, self._rows = self._rows, self._rows + 1
+            slot, self.rows = self.rows, self.rows + 1
             for table in self._tables:
-                table.grow(self._rows)
+                table.grow(self.rows)
         for table in self._tables:
             table.reset(slot)
         return slot
+
+
+def _serves(replica: ReplicaSettings, model: str) -> bool:
+    return replica.models is None or not model or model in replica.models

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from cachetools import LRUCache, TTLCache
 
 from gorgo_plugin.costs import CostTable
@@ -24,10 +23,9 @@ from gorgo_plugin.models import ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder
-from gorgo_plugin.replicas import Replicas
+from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
-from gorgo_plugin.signals.columns import SlotArray
 from gorgo_plugin.state import State
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
@@ -119,24 +117,23 @@ class Router:
             NoCandidates: nobody is left to serve it.
         """
         model = self._model(prompt.model)
-        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        hashes = model.hashes(prompt)
         with self._lock:
             now = self._clock()
             self._sweep_when_due(now)
             attempts = self._attempts.get(request_id, []) if request_id is not None else []
             if attempts:
                 self._release(attempts[-1][0], now, answered=False)
-            slots = self._candidates(prompt, candidates, exclude)
-            view = self._view(prompt, model, hashes, slots, now, self._rng)
-            tiers = self._tiers(slots, {slot for _, slot in attempts}, now)
-            choice = pick(self._policy, view, tiers, self._rng)
-            flight_id = next(self._flight_ids)
+            among = self._candidates(prompt, candidates, exclude)
+            view = self._view(prompt, model, hashes, among, now, self._rng)
+            choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
+            flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
-            self._open(flight_id, request, prompt, model, hashes, int(slots[choice.row]), view, choice.row, now)
+            self._open(flight_id, request, prompt, model, hashes, slot, view, choice.row, now)
             if request_id is not None:
-                self._attempts[request_id] = [*attempts, (flight_id, int(slots[choice.row]))]
+                self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
-            return self._decision(request, flight_id, slots, view, choice)
+            return self._decision(request, flight_id, slot, view, choice)
 
     def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
         """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
@@ -145,15 +142,15 @@ class Router:
             NoCandidates: nobody may serve it.
         """
         model = self._model(prompt.model)
-        hashes = model.hasher.hashes(prompt.tokens, prompt.cache_key)
+        hashes = model.hashes(prompt)
         with self._lock:
             now = self._clock()
-            slots = self._candidates(prompt, candidates, exclude)
+            among = self._candidates(prompt, candidates, exclude)
             rng = random.Random()
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
-            view = self._view(prompt, model, hashes, slots, now, rng)
-            choice = pick(self._policy, view, self._tiers(slots, set(), now), rng)
-            return self._decision("", 0, slots, view, choice)
+            view = self._view(prompt, model, hashes, among, now, rng)
+            choice = pick(self._policy, view, self._tiers(among, (), now), rng)
+            return self._decision("", 0, among.slots[choice.row], view, choice)
 
     # What became of a flight
 
@@ -359,51 +356,52 @@ class Router:
         for slot in self._replicas.slots:
             model.set_capacity(slot, self._replicas[slot].kv_tokens)
 
-    def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> SlotArray:
-        excluded = {self._replicas.slot(name) for name in exclude}
-        if candidates is None:
-            slots = self._replicas.serving(prompt.model)
-        else:
-            known = [slot for name in candidates if (slot := self._replicas.slot(name)) is not None]
-            slots = np.array(known, dtype=np.intp)
+    def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> Candidates:
+        replicas = self._replicas
+        among = replicas.serving(prompt.model) if candidates is None else replicas.among(candidates)
+        excluded = {replicas.slot(name) for name in exclude}
         if excluded:
-            slots = slots[[slot not in excluded for slot in slots.tolist()]]
-        if not len(slots):
+            among = replicas.at([slot for slot in among.slots if slot not in excluded])
+        if not among.slots:
             raise NoCandidates(f"no replica may serve model '{prompt.model}': none is configured, or all are excluded")
-        return slots
+        return among
 
     def _view(
-        self, prompt: Prompt, model: ModelState, hashes: bytes, slots: SlotArray, now: float, rng: random.Random
+        self, prompt: Prompt, model: ModelState, hashes: bytes, among: Candidates, now: float, rng: random.Random
     ) -> View:
-        flights = self._flights
+        flights, rows = self._flights, among.rows
         flights.release_unstreamed(now)
         scale = 1.0 if prompt.exact else model.scale
         tokens = len(prompt.tokens) * scale
-        held = model.index.match(hashes)
-        cached = np.array(
-            [model.cached_tokens(held.get(slot, 0), len(prompt.tokens), scale) for slot in slots.tolist()]
-        )
-        ms_per_token = model.rates.ms_per_token(slots)
-        network_ms, doubt_ms = self._latency.price_ms(slots, now)
+        cached = model.cached_tokens(hashes, len(prompt.tokens), scale, self._replicas.rows)[rows]
+        uncached = tokens - cached
+        ms_per_token = model.rates.ms_per_token(rows)
+        network_ms, doubt_ms = self._latency.price_ms(rows, now)
+        prefill_ms = ms_per_token * uncached
+        prefill_ms += model.rates.overhead_ms(rows)
         return View(
-            names=[self._replicas[slot].name for slot in slots.tolist()],
+            names=among.names,
             network_ms=network_ms,
             doubt_ms=doubt_ms,
-            queue_ms=flights.backlog_ms(slots, ms_per_token, now),
-            prefill_ms=model.rates.overhead_ms(slots) + ms_per_token * (tokens - cached),
+            queue_ms=flights.backlog_ms(rows, ms_per_token, now),
+            prefill_ms=prefill_ms,
             cached_tokens=cached,
-            uncached_tokens=tokens - cached,
+            uncached_tokens=uncached,
             prompt_tokens=tokens,
-            load=lambda name: flights.column(name, slots),
-            gauge=lambda name: self._gauges.column(name, slots),
+            load=lambda name: flights.column(name, rows),
+            gauge=lambda name: self._gauges.column(name, rows),
             affinity=lambda: _affinity(prompt),
             weights=self._weights,
             rng=rng,
         )
 
-    def _tiers(self, slots: SlotArray, tried: set[int], now: float) -> list[int]:
+    def _tiers(self, among: Candidates, attempts: Sequence[tuple[int, int]], now: float) -> list[int] | None:
+        """Per candidate, as `pick` takes them."""
         unhealthy = self._health.unavailable(now)
-        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in slots.tolist()]
+        if not attempts and not unhealthy:
+            return None
+        tried = {slot for _, slot in attempts}
+        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in among.slots]
 
     def _open(
         self,
@@ -417,8 +415,7 @@ class Router:
         row: int,
         now: float,
     ) -> None:
-        ms_per_token = float(model.rates.ms_per_token(np.array([slot]))[0])
-        network_ms = float(view.network_ms[row])
+        network_ms = view.network_ms.item(row)
         flight = Flight(
             flight_id=flight_id,
             request_id=request_id,
@@ -429,22 +426,20 @@ class Router:
             dispatched_s=now,
             prompt_tokens=view.prompt_tokens,
             own_tokens=len(prompt.tokens),
-            cached_tokens=float(view.cached_tokens[row]),
-            uncached_tokens=float(view.uncached_tokens[row]),
-            ahead_tokens=self._flights.ahead_tokens(slot, ms_per_token, now),
+            cached_tokens=view.cached_tokens.item(row),
+            uncached_tokens=view.uncached_tokens.item(row),
+            ahead_tokens=self._flights.ahead_tokens(slot, model.rates.slot_ms_per_token(slot), now),
             network_ms=network_ms,
-            predicted_ms=network_ms + float(view.queue_ms[row] + view.prefill_ms[row]),
+            predicted_ms=network_ms + view.queue_ms.item(row) + view.prefill_ms.item(row),
             hashes=hashes,
             credit=model.index.credit(slot, hashes),
         )
         self._flights.open(flight)
         self._health.dispatched(slot, flight_id, now)
 
-    def _decision(self, request: str, flight_id: int, slots: SlotArray, view: View, choice: Choice) -> Decision:
-        chosen = self._replicas[int(slots[choice.row])]
-        ranked = [view.names[row] for row in choice.ranked]
-        costs = CostTable(view, choice.scores)
-        return Decision(request, flight_id, chosen.name, chosen.region, choice.reason, ranked, costs)
+    def _decision(self, request: str, flight_id: int, slot: int, view: View, choice: Choice) -> Decision:
+        chosen = self._replicas[slot]
+        return Decision(request, flight_id, chosen.name, chosen.region, choice.reason, CostTable(view, choice))
 
     # The end of a flight; the lock is held
 
@@ -486,7 +481,7 @@ class Router:
 def _prepared_by(settings: Settings) -> tuple[Any, ...]:
     """The settings a `PromptBuilder` is built from."""
     prepare = settings.prepare
-    shape = (settings.tokenizer, settings.chat_template, settings.models)
+    shape = (settings.tokenizer, settings.chat_template, settings.block_tokens, settings.models)
     return (*shape, prepare.cache_bytes, prepare.image_tokens)
 
 

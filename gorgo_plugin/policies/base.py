@@ -12,7 +12,7 @@ import numpy as np
 from gorgo_plugin.signals.columns import FloatArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class View:
     """What a policy may look at: one row per candidate replica, arrays of shape (candidates,).
 
@@ -74,7 +74,10 @@ class View:
     def total_ms(self) -> FloatArray:
         """`W_rtt * (network + doubt) + W_queue * queue + prefill`: paper v2, eq. 3, every term in milliseconds."""
         w_rtt, w_queue = self.weights
-        return w_rtt * (self.network_ms + self.doubt_ms) + w_queue * self.queue_ms + self.prefill_ms
+        total = w_rtt * (self.network_ms + self.doubt_ms)
+        total += w_queue * self.queue_ms
+        total += self.prefill_ms
+        return total
 
     def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
         """An engine gauge, or this router's own count where the engine was never read."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from gorgo_plugin.policies.base import Policy, View
 from gorgo_plugin.signals.columns import FloatArray
@@ -12,43 +14,57 @@ from gorgo_plugin.signals.columns import FloatArray
 AVAILABLE, TRIED, UNHEALTHY, UNHEALTHY_AND_TRIED = 0, 1, 2, 3
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The chosen row, why, and all rows in failover order (the chosen one first)."""
+class Choice(NamedTuple):
+    """The chosen row, why, and what it was chosen from.
+
+    Attributes:
+        row: of the view's candidates.
+        reason: kebab-case.
+        scores: the policy's, shape (candidates,).
+        tiers: as given to `pick`.
+    """
 
     row: int
     reason: str
-    ranked: list[int]
     scores: FloatArray
+    tiers: Sequence[int] | None
+
+    @property
+    def ranked(self) -> list[int]:
+        """All rows in failover order, the chosen one first."""
+        scores: list[float] = self.scores.tolist()
+        tiers = self.tiers if self.tiers is not None else [AVAILABLE] * len(scores)
+        return sorted(range(len(scores)), key=lambda row: (row != self.row, tiers[row], scores[row]))
 
 
-def pick(policy: Policy, view: View, tiers: Sequence[int], rng: random.Random) -> Choice:
+def pick(policy: Policy, view: View, tiers: Sequence[int] | None, rng: random.Random) -> Choice:
     """Choose among candidates: the lowest tier decides, then the policy's score, then chance among near-ties.
 
     Args:
         policy, view: what scores the candidates.
-        tiers: per candidate one of AVAILABLE, TRIED (by this request), UNHEALTHY, UNHEALTHY_AND_TRIED.
+        tiers: per candidate one of AVAILABLE, TRIED (by this request), UNHEALTHY, UNHEALTHY_AND_TRIED; None: all are
+            available.
         rng: draws among near-ties.
     """
-    array = policy.scores(view)
-    scores: list[float] = array.tolist()
-    ranked = sorted(range(len(scores)), key=lambda row: (tiers[row], scores[row]))
-    best = ranked[0]
-    if len(ranked) == 1:
-        return Choice(best, "only-candidate", ranked, array)
-    limit = scores[best] + policy.tie_ms + policy.tie_share * abs(scores[best])
-    tied = [row for row in ranked if scores[row] <= limit and tiers[row] == tiers[best]]
-    row = best if len(tied) == 1 else tied[rng.randrange(len(tied))]
-    if row != best:
-        ranked.remove(row)
-        ranked.insert(0, row)
-    return Choice(row, _reason(policy, scores, tiers, row, len(tied)), ranked, array)
+    scores = policy.scores(view)
+    if len(scores) == 1:
+        return Choice(0, "only-candidate", scores, tiers)
+    eligible = scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)
+    best = int(eligible.argmin())
+    lowest = eligible.item(best)
+    near = eligible <= lowest + policy.tie_ms + policy.tie_share * abs(lowest)
+    tied = int(np.count_nonzero(near))
+    if tied > 1:
+        rows = sorted(np.flatnonzero(near).tolist(), key=scores.tolist().__getitem__)
+        best = rows[rng.randrange(tied)]
+    reason = "near-tie" if tied > 1 else policy.reason
+    return Choice(best, reason if tiers is None else _reason(scores, tiers, best, reason), scores, tiers)
 
 
-def _reason(policy: Policy, scores: Sequence[float], tiers: Sequence[int], row: int, tied: int) -> str:
+def _reason(scores: FloatArray, tiers: Sequence[int], row: int, reason: str) -> str:
     if tiers[row] >= UNHEALTHY:
         return "all-unhealthy"
-    passed_over = scores.index(min(scores))
+    passed_over = int(scores.argmin())
     if tiers[passed_over] > tiers[row] and scores[passed_over] < scores[row]:
         return "best-was-tried" if tiers[passed_over] == TRIED else "best-is-unhealthy"
-    return "near-tie" if tied > 1 else policy.reason
+    return reason

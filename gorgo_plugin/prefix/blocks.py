@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 HASH_BYTES = 8
+MAX_HASHERS = 64  # block sizes and secrets in use at a time
 
 
 class BlockHasher:
@@ -23,18 +26,43 @@ class BlockHasher:
         self._secret = hashlib.blake2b(secret, key=b"gorgo cache key", digest_size=32).digest()
         self._keys = np.frombuffer(stream, dtype=np.uint64) | np.uint64(1)
 
-    def hashes(self, tokens: NDArray[np.uint32], cache_key: str = "") -> bytes:
+    def hashes(self, tokens: NDArray[np.uint32], cache_key: str = "", known: bytes = b"") -> bytes:
         """Hashes of the full blocks of `tokens` (shape (n,)), 8 bytes each, n // block_tokens of them.
 
-        `cache_key` (a LoRA adapter, a cache salt) enters the first block, which sets the whole path apart.
+        Args:
+            tokens: token ids.
+            cache_key: as for `salted`.
+            known: the hashes of leading blocks without a cache key, where an earlier call has computed them.
         """
-        blocks = len(tokens) // self.block_tokens
-        if blocks == 0:
-            return b""
-        full = tokens[: blocks * self.block_tokens].reshape(blocks, self.block_tokens)
-        # einsum widens the tokens in small buffers, where `@` would copy them all.
-        hashed: NDArray[np.uint64] = np.einsum("ij,j->i", full, self._keys)
-        if cache_key:
-            salt = hashlib.blake2b(cache_key.encode("utf-8", "surrogatepass"), key=self._secret, digest_size=HASH_BYTES)
-            hashed[0] ^= np.frombuffer(salt.digest(), dtype=np.uint64)[0]
-        return hashed.tobytes()
+        start, blocks = len(known) // HASH_BYTES, len(tokens) // self.block_tokens
+        if blocks > start:
+            full = tokens[start * self.block_tokens : blocks * self.block_tokens]
+            # einsum widens the tokens in small buffers, where `@` would copy them all.
+            hashed = np.einsum("ij,j->i", full.reshape(-1, self.block_tokens), self._keys)
+            known += hashed.tobytes()
+        return self.salted(known, cache_key)
+
+    def size(self, tokens: int) -> int:
+        """Bytes of the hashes of so many tokens."""
+        return tokens // self.block_tokens * HASH_BYTES
+
+    def salted(self, hashes: bytes, cache_key: str) -> bytes:
+        """Hashes set apart by a cache key (a LoRA adapter, a cache salt): it enters the first block, so the path."""
+        if not cache_key or not hashes:
+            return hashes
+        salt = hashlib.blake2b(cache_key.encode("utf-8", "surrogatepass"), key=self._secret, digest_size=HASH_BYTES)
+        first = int.from_bytes(hashes[:HASH_BYTES], "little") ^ int.from_bytes(salt.digest(), "little")
+        return first.to_bytes(HASH_BYTES, "little") + hashes[HASH_BYTES:]
+
+
+class Blocks(NamedTuple):
+    """Hashes of a prompt's full blocks, and who made them: they mean nothing to another hasher."""
+
+    hasher: BlockHasher
+    hashes: bytes
+
+
+@functools.lru_cache(maxsize=MAX_HASHERS)
+def block_hasher(block_tokens: int, secret: bytes) -> BlockHasher:
+    """The hasher of a block size and secret; the same object each time, so that `Blocks` can be passed around."""
+    return BlockHasher(block_tokens, secret)

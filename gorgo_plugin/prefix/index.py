@@ -8,12 +8,18 @@ capacity in blocks and forgets as engines do: least recently used first, the tai
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gorgo_plugin.prefix.blocks import HASH_BYTES
 
 # A prompt made to branch at every block would turn a lookup into one step per block; a conversation has some dozens.
 MAX_WALK_NODES = 4096
+# Replicas that stop matching at the same place are told apart one by one, or from so many on as an array.
+FEW_REPLICAS = 4
 # Blocks of a forgotten replica that each later credit cleans away, so that forgetting itself costs nothing.
 RETIRED_BLOCKS_PER_CREDIT = 4096
 
@@ -31,7 +37,7 @@ class _Node:
         self.holding_children: dict[int, int] = {}  # bit -> how many children that replica holds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Credit:
     """What one dispatch added to the index, so that it can be taken back or corrected.
 
@@ -65,6 +71,7 @@ class PrefixIndex:
         self._tick = 0
         self._bit_of: dict[int, int] = {}
         self._owner: dict[int, int] = {}  # bit -> replica
+        self._owners = np.empty(0, dtype=np.intp)  # the same as an array, -1 where there is none
         self._free_bits: list[int] = []
         self._retired: list[int] = []
         self._capacity: dict[int, int] = {}  # replica -> blocks
@@ -87,23 +94,42 @@ class PrefixIndex:
 
     def match(self, hashes: bytes) -> dict[int, int]:
         """Leading blocks of `hashes` held by each replica that holds any: replica -> blocks."""
-        found: dict[int, int] = {}
+        owner = self._owner
+        return {owner[bit]: depth for mask, depth in self._walk(hashes) for bit in _bits(mask) if bit in owner}
+
+    def blocks(self, hashes: bytes, replicas: int) -> NDArray[np.float64]:
+        """The same as an array of shape (replicas,), for the replicas 0 to `replicas` - 1."""
+        found, owner = np.zeros(replicas), self._owner
+        for mask, depth in self._walk(hashes):
+            if mask.bit_count() <= FEW_REPLICAS:
+                for bit in _bits(mask):
+                    if bit in owner:
+                        found[owner[bit]] = depth
+            else:
+                octets = np.frombuffer(mask.to_bytes(-(-mask.bit_length() // 8), "little"), dtype=np.uint8)
+                owners = self._owners[np.flatnonzero(np.unpackbits(octets, bitorder="little"))]
+                found[owners[owners >= 0]] = depth
+        return found
+
+    def _walk(self, hashes: bytes) -> list[tuple[int, int]]:
+        """(mask of replicas, leading blocks of `hashes` that they hold), the fewest blocks first."""
+        stopped: list[tuple[int, int]] = []
         node, alive, depth, position, end = self._root, -1, 0, 0, len(hashes)
         for _ in range(MAX_WALK_NODES):
             child = node.children.get(hashes[position : position + HASH_BYTES])
             here = alive & child.mask if child is not None and position < end else 0
             if depth and alive & ~here:
-                self._note(found, alive & ~here, depth)
+                stopped.append((alive & ~here, depth))
             if child is None or not here:
-                return found
+                return stopped
             common = _common_blocks(child.edge, hashes, position, end)
             alive, node = here, child
             depth += common
             position += common * HASH_BYTES
             if common * HASH_BYTES < len(child.edge):
                 break
-        self._note(found, alive, depth)
-        return found
+        stopped.append((alive, depth))
+        return stopped
 
     def credit(self, replica: int, hashes: bytes) -> Credit:
         """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
@@ -191,8 +217,7 @@ class PrefixIndex:
         bit = self._bit_of.get(replica)
         if bit is None:
             return
-        del self._owner[bit]
-        self._retired.append(bit)
+        self._retire(bit)
         self._assign_bit(replica)
 
     def remove(self, replica: int) -> None:
@@ -200,28 +225,24 @@ class PrefixIndex:
         self.forget(replica)
         bit = self._bit_of.pop(replica, None)
         if bit is not None:
-            del self._owner[bit]
-            self._retired.append(bit)
+            self._retire(bit)
             self._capacity.pop(replica, None)
+
+    def _retire(self, bit: int) -> None:
+        del self._owner[bit]
+        self._owners[bit] = -1
+        self._retired.append(bit)
 
     def _assign_bit(self, replica: int) -> None:
         if self._free_bits:
             bit = self._free_bits.pop()
         else:
             bit, self._next_bit = self._next_bit, self._next_bit + 1
+            self._owners = np.append(self._owners, -1)
         self._bit_of[replica] = bit
-        self._owner[bit] = replica
+        self._owner[bit] = self._owners[bit] = replica
         self._held[bit] = 0
         self._heaps[bit] = []
-
-    def _note(self, found: dict[int, int], mask: int, depth: int) -> None:
-        owner = self._owner
-        while mask:
-            low = mask & -mask
-            mask ^= low
-            replica = owner.get(low.bit_length() - 1)
-            if replica is not None:
-                found[replica] = depth
 
     def _split(self, node: _Node, blocks: int) -> _Node:
         """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
@@ -314,6 +335,14 @@ class PrefixIndex:
             self._retired.pop()
             del self._held[bit], self._heaps[bit]
             self._free_bits.append(bit)
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """The places of the bits that are set."""
+    while mask:
+        low = mask & -mask
+        mask ^= low
+        yield low.bit_length() - 1
 
 
 def _common_blocks(edge: bytes, hashes: bytes, position: int, end: int) -> int:

@@ -15,6 +15,8 @@ from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOIN
 
 NAME_CHARS = 256  # of a model, session or user name; longer ones are cut, so that no client can fill tables with them
 SALTS = ("cache_salt", "lora_path")  # vLLM's field and SGLang's
+# The narrowest name of who asks comes first.
+_AFFINITY_FIELDS = ("prompt_cache_key", "session_id", "metadata", "user", "safety_identifier")
 MAX_OUTPUT_TOKENS = 2**31 - 1  # caps above are as good as none
 
 Ids = Sequence[Any]
@@ -54,8 +56,8 @@ class Request:
     salts: tuple[tuple[str, str], ...] = ()
 
 
-def read_request(body: bytes | Mapping[str, Any], endpoint: str) -> Request:
-    """Read a body sent to `endpoint`.
+def read_request(body: bytes | Mapping[str, Any], endpoint: str, known_messages: int = 0) -> Request:
+    """Read a body sent to `endpoint`. Of a chat whose first messages were read before, `messages` are the others.
 
     Raises:
         PromptError: the endpoint holds no prompt, the body is no JSON object or one of its fields has a wrong shape.
@@ -67,7 +69,7 @@ def read_request(body: bytes | Mapping[str, Any], endpoint: str) -> Request:
     if fields is None:
         raise PromptError(f"body: expected a JSON object, got {type(body).__name__}")
     return Request(
-        _CONTENT_READERS[known](fields),
+        read_chat(fields, known_messages) if known == CHAT else _CONTENT_READERS[known](fields),
         model=_name(fields.get("model")),
         stream=fields.get("stream") is True,
         max_output_tokens=_max_output_tokens(fields),
@@ -133,7 +135,6 @@ def _raw_items(value: Any, where: str) -> list[str | Ids]:
 
 
 _CONTENT_READERS: dict[str, Callable[[Mapping[str, Any]], Conversation | RawPrompts]] = {
-    CHAT: read_chat,
     COMPLETIONS: _read_completion,
     RESPONSES: read_responses,
     EMBEDDINGS: _read_embedding,
@@ -150,17 +151,20 @@ def _max_output_tokens(body: Mapping[str, Any]) -> int | None:
 
 
 def _affinity_key(body: Mapping[str, Any]) -> str | None:
-    """The narrowest name of who asks: the cache key it chose, the session, the user."""
-    metadata = as_mapping(body.get("metadata")) or {}
-    names = (
-        body.get("prompt_cache_key"),
-        body.get("session_id"),
-        metadata.get("session_id"),
-        metadata.get("user_id"),  # Anthropic's place for it
-        body.get("user"),
-        body.get("safety_identifier"),
-    )
-    return next((name for name in map(_name, names) if name), None)
+    """Who asks: the cache key it chose, the session, the user."""
+    for field in _AFFINITY_FIELDS:
+        value = body.get(field)
+        if value is None:
+            continue
+        for named in _metadata_names(value) if field == "metadata" else (value,):
+            if name := _name(named):
+                return name
+    return None
+
+
+def _metadata_names(value: Any) -> tuple[Any, Any]:
+    metadata = as_mapping(value) or {}
+    return metadata.get("session_id"), metadata.get("user_id")  # the second is Anthropic's place for it
 
 
 def _name(value: Any) -> str:

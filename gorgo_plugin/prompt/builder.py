@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gorgo_plugin.decision import Prompt, token_array
 from gorgo_plugin.errors import GorgoError, PromptError, SettingsError
+from gorgo_plugin.prefix import Blocks, block_hasher
 from gorgo_plugin.prompt.bodies import RawPrompts, Request, parse, read_request
 from gorgo_plugin.prompt.cache import SegmentCache
-from gorgo_plugin.prompt.continuation import Continuations, Known
+from gorgo_plugin.prompt.continuation import Continuations, Known, Prepared
 from gorgo_plugin.prompt.conversation import Conversation, Media
 from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
-from gorgo_plugin.prompt.recall import EMPTY, Recall, Recalled, Stretch
+from gorgo_plugin.prompt.recall import EMPTY, GoneOn, Recall, Recalled, Stretch
 from gorgo_plugin.prompt.sources import TokenizerSource, embedded_tokenizer, read_template, read_tokenizer
 from gorgo_plugin.prompt.vocabulary import Ids, Vocabulary, read_only
 from gorgo_plugin.settings import ModelSettings, Settings
@@ -34,21 +33,14 @@ CONTINUATIONS_SHARE = 2  # they may take half as much again as the messages by t
 _MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 
 
-Keep = Callable[[str, Ids, bool, Ids], None]
-"""Takes (model, ids of the header of an answer, whether the ids are the engine's own, the prompt's ids)."""
-
-
 class Plan:
     """A prompt half prepared: what was seen before is looked up, the rest waits to be tokenized."""
 
-    __slots__ = ("_build", "_keep", "_recalled")
+    __slots__ = ("_finish", "_recalled")
 
-    def __init__(
-        self, recalled: Recalled, build: Callable[[Ids], Prompt], keep: Callable[[Ids], None] | None = None
-    ) -> None:
+    def __init__(self, recalled: Recalled | GoneOn, finish: Callable[[Ids], Prompt]) -> None:
         self._recalled = recalled
-        self._build = build
-        self._keep = keep
+        self._finish = finish
 
     @property
     def cold_chars(self) -> int:
@@ -57,10 +49,15 @@ class Plan:
 
     def finish(self) -> Prompt:
         """Tokenize what is missing, remember it and return the prompt. Releases the GIL while it tokenizes much."""
-        ids = self._recalled.ids()
-        if self._keep is not None:
-            self._keep(ids)
-        return self._build(ids)
+        return self._finish(self._recalled.ids())
+
+
+class _Chat(NamedTuple):
+    """A chat as it came, its fields, and what of it was prepared before; then the fields are those of the rest."""
+
+    body: bytes
+    fields: Mapping[str, Any]
+    known: Known | None = None
 
 
 class PromptBuilder:
@@ -69,12 +66,14 @@ class PromptBuilder:
     def __init__(self, settings: Settings, *, secret: bytes, now: Callable[[], datetime] = datetime.now) -> None:
         """Load every tokenizer and template the settings name.
 
-        `secret` keys the digests of media and salts; `now` serves templates that print the date.
+        `secret` keys the digests of media and salts and the hashes of blocks; `now` serves templates that print the
+        date.
 
         Raises:
             SettingsError: one of them cannot be read; names the setting.
         """
         self._secret = sha256(secret).digest()
+        self._hash_secret, self._block_tokens = secret, settings.block_tokens
         self._image_tokens = settings.prepare.image_tokens
         self._cache = SegmentCache(settings.prepare.cache_bytes)
         self._recall = Recall(self._cache)
@@ -101,8 +100,9 @@ class PromptBuilder:
             loaded[wanted.tokenizer] = Vocabulary(source.tokenizer, source.name, number=len(loaded)), source
         vocabulary, source = loaded[wanted.tokenizer]
         template = read_template(wanted.chat_template, template_field) if wanted.chat_template else None
+        hasher = block_hasher(wanted.block_tokens or self._block_tokens, self._hash_secret)
         try:
-            return PromptModel(name, vocabulary, source, template, self._now)
+            return PromptModel(name, vocabulary, source, template, self._now, hasher)
         except SettingsError as error:
             field = template_field if template is not None else f"{tokenizer_field}: the chat template of its folder"
             raise SettingsError(f"{field}: {error}") from None
@@ -136,56 +136,69 @@ class PromptBuilder:
         known = self._continuations.find(body)
         rest = None if known is None else known.rest(body)
         if known is not None and rest is not None:
-            with contextlib.suppress(PromptError):  # said again below, with the message's number in the whole
-                request = read_request(rest, CHAT)
-                if known.model == (request.model if name is None else name):
-                    return self._plan(request, known.model, known, partial(self._keep, body, rest, known))
+            request = read_request(rest, CHAT, known.messages)
+            if known.model == (request.model if name is None else name) and _goes_on(request.content):
+                return self._plan(request, known.model, _Chat(body, rest, known))
         fields = parse(body)
         request = read_request(fields, CHAT)
-        return self._plan(
-            request, request.model if name is None else name, keep=partial(self._keep, body, fields, None)
-        )
+        return self._plan(request, request.model if name is None else name, _Chat(body, fields))
 
-    def _plan(self, request: Request, name: str, known: Known | None = None, keep: Keep | None = None) -> Plan:
+    def _plan(self, request: Request, name: str, chat: _Chat | None = None) -> Plan:
         model, content = self._models.get(name, self._default), request.content
+        known = None if chat is None else chat.known
+        if known is not None and isinstance(content, Conversation):
+            content.tools = None  # they stand in front of the messages, in what is known
         if isinstance(content, Conversation):
-            # What stands in front of the messages is part of what is known.
-            new = content if known is None else replace(content, tools=None)
-            stretches, exact = self._conversation_stretches(model, new)
+            stretches, exact = self._conversation_stretches(model, content)
+            if not _goes_on(content):
+                chat = None
         else:
             stretches, exact = self._raw_stretches(model, content)
         if known is not None:
-            stretches, exact = [known.ids, *stretches], exact and known.exact
-        goes_on = isinstance(content, Conversation) and content.add_generation_prompt and not content.add_special_tokens
-        build = partial(
-            Prompt,
+            exact = exact and known.exact
+            recalled = self._recall.go_on(model, known.ids, stretches)
+        else:
+            recalled = self._recall.look_up(model, stretches)
+        return Plan(recalled, partial(self._prompt, request, name, model, exact, known, chat))
+
+    def _prompt(
+        self,
+        request: Request,
+        name: str,
+        model: PromptModel,
+        exact: bool,
+        known: Known | None,
+        chat: _Chat | None,
+        ids: Ids,
+    ) -> Prompt:
+        """The prompt of a request, whose ids are all there now."""
+        hashes = model.hasher.hashes(ids, known=b"" if known is None else known.hashes)
+        if chat is not None and model.answer_header is not None:
+            self._keep(chat, request, name, model, exact, ids, hashes)
+        # Hashed: a salt is a secret between a tenant and its engine.
+        cache_key = self._digest(repr(request.salts).encode(), b"salt").hex() if request.salts else ""
+        return Prompt(
+            ids,
             model=name,
             stream=request.stream,
             max_output_tokens=request.max_output_tokens,
             affinity_key=request.affinity_key,
-            # Hashed: a salt is a secret between a tenant and its engine.
-            cache_key=self._digest(repr(request.salts).encode(), b"salt").hex() if request.salts else "",
+            cache_key=cache_key,
             exact=exact,
+            blocks=Blocks(model.hasher, model.hasher.salted(hashes, cache_key)),
         )
-        recalled = self._recall.look_up(model, stretches)
-        if keep is None or not goes_on or model.answer_header is None:
-            return Plan(recalled, build)
-        return Plan(recalled, build, partial(keep, name, model.answer_header, exact))
 
     def _keep(
-        self,
-        body: bytes,
-        fields: Mapping[str, Any],
-        known: Known | None,
-        model: str,
-        answer_header: Ids,
-        exact: bool,
-        ids: Ids,
+        self, chat: _Chat, request: Request, name: str, model: PromptModel, exact: bool, ids: Ids, hashes: bytes
     ) -> None:
         """Remember a chat's messages for the request that goes on from them."""
-        messages = len(ids) - len(answer_header)
-        if ids[messages:].tobytes() == answer_header.tobytes():
-            self._continuations.remember(body, fields, model, ids[:messages], exact, known)
+        header = model.answer_header
+        assert header is not None
+        assert isinstance(request.content, Conversation)
+        end = len(ids) - len(header)
+        if ids[end:].tobytes() == header.tobytes():
+            prepared = Prepared(name, ids[:end], hashes[: model.hasher.size(end)], exact, len(request.content.messages))
+            self._continuations.remember(chat.body, chat.fields, prepared, chat.known)
 
     def _conversation_stretches(self, model: PromptModel, conversation: Conversation) -> tuple[list[Stretch], bool]:
         media: dict[str, bytes] = {}
@@ -241,6 +254,11 @@ class PromptBuilder:
         models = {name: entry.describe() for name, entry in {"": self._default, **self._models}.items()}
         cache = {"segments": len(self._cache), "bytes": self._cache.used_bytes}
         return {"models": models, "cache": cache, "continuations": self._continuations.describe()}
+
+
+def _goes_on(content: Conversation | RawPrompts) -> bool:
+    """Whether a prompt is its messages one after the other and the header of an answer, with nothing around them."""
+    return isinstance(content, Conversation) and content.add_generation_prompt and not content.add_special_tokens
 
 
 def pseudo_tokens(digest: bytes, count: int) -> Ids:

@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from cachetools import LRUCache
@@ -22,7 +22,7 @@ from gorgo_plugin.prompt.vocabulary import Ids
 LONG_BYTES = 2048  # shorter bodies are read as fast as they are found
 OBJECTS_LOOKED_AT = 512  # before one begins where the known part ended; code and tools are full of braces
 HASHED = 4  # beginnings that end as a known one does; a second one of them is made to look so
-ENDS = 64  # of one conversation; then it is hashed as a whole, or each turn would be one hash more
+ENDS = 32  # of one conversation; then it is hashed as a whole, or each turn would be one hash more
 CLOSINGS_LOOKED_AT = 8  # places where the list of messages may end
 AFTER_BYTES = 64 * 1024  # of the fields after the messages
 _COMMA = ord(",")
@@ -34,6 +34,24 @@ _OPENING = f'{{"{_REST}":['.encode()
 _CLOSED = f'{{"{_REST}":[0'.encode()
 
 
+class Prepared(NamedTuple):
+    """What a body's messages were prepared into.
+
+    Attributes:
+        model: name of the model it was prepared for.
+        ids: of its messages, without the header of an answer.
+        hashes: of the full blocks of `ids`, without a cache key.
+        exact: whether the ids are the engine's own.
+        messages: how many were read; of a body that goes on, those after the known ones.
+    """
+
+    model: str
+    ids: Ids
+    hashes: bytes
+    exact: bool
+    messages: int
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """The part of a body that was prepared before.
@@ -43,9 +61,8 @@ class Known:
         digest: hash of its bytes, stretch by stretch between the ends, so that a turn more takes a hash of the turn.
         head: the fields in front of the messages.
         tools: as the body had them, wherever; they are rendered in front of the messages.
-        model: name of the model it was prepared for.
-        ids: of its messages, without the header of an answer.
-        exact: whether these are the engine's own.
+        model, ids, hashes, exact: as in `Prepared`.
+        messages: how many there are.
     """
 
     ends: tuple[int, ...]
@@ -54,19 +71,21 @@ class Known:
     tools: Any
     model: str
     ids: Ids
+    hashes: bytes
     exact: bool
+    messages: int
 
     def rest(self, body: bytes) -> dict[str, Any] | None:
-        """The fields of a body that begins like this, its `messages` being the new ones; None where there are none."""
+        """The fields of a body that begins like this, its `messages` being the new ones; None where it has others."""
         after = body[self.ends[-1] :].lstrip()
-        if not after.startswith(b","):
+        if not after.startswith((b",", b"]")):
             return None
         try:
-            fields = msgspec.json.decode(_OPENING + after[1:])
+            fields = msgspec.json.decode(_OPENING + after.removeprefix(b","))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         messages = fields.pop(_REST)
-        if "messages" in fields:
+        if "messages" in fields or bool(messages) != after.startswith(b","):
             return None
         rest = {**self.head, "messages": messages, **fields}
         return rest if _same_json(rest.get("tools"), self.tools) else None
@@ -97,20 +116,16 @@ class Continuations:
                 break
         return None
 
-    def remember(
-        self, body: bytes, fields: Mapping[str, Any], model: str, ids: Ids, exact: bool, before: Known | None = None
-    ) -> None:
+    def remember(self, body: bytes, fields: Mapping[str, Any], prepared: Prepared, before: Known | None = None) -> None:
         """Keep what was prepared of a body.
 
         Args:
             body: as it came.
             fields: the same decoded; of one that was found here, what `Known.rest` gave.
-            model: what it was prepared for.
-            ids: of its messages, without the header of an answer.
-            exact: whether these are the engine's own.
+            prepared: what became of it.
             before: what was found of it.
         """
-        if len(body) < LONG_BYTES or ids.nbytes + ENTRY_BYTES > self._known.maxsize:
+        if len(body) < LONG_BYTES or (before is not None and not prepared.messages):
             return
         end = _end_of_messages(body, fields)
         if end is None:
@@ -118,14 +133,17 @@ class Continuations:
         names = list(fields)
         head = {name: fields[name] for name in names[: names.index("messages")]}
         ends: tuple[int, ...] = (end,)
+        messages = prepared.messages + (0 if before is None else before.messages)
         if before is not None and len(before.ends) < ENDS and before.ends[-1] < end:
             ends = (*before.ends, end)
-            digest = hash((before.digest, body[before.ends[-1] : end]))
+            digest = hash((before.digest, memoryview(body)[before.ends[-1] : end]))
         else:
             digest = _digest(body, ends)
-        known = Known(ends, digest, head, fields.get("tools"), model, ids, exact)
+        model, ids, hashes, exact, _ = prepared
+        known = Known(ends, digest, head, fields.get("tools"), model, ids, hashes, exact, messages)
         with self._lock:
-            self._known[end, _mark(body, end)] = known
+            if _size(known) <= self._known.maxsize:
+                self._known[end, _mark(body, end)] = known
 
     def describe(self) -> dict[str, int]:
         """How many there are, and what they take, as plain data."""
@@ -146,9 +164,9 @@ def _ends(body: bytes) -> Iterator[int]:
 
 
 def _digest(body: bytes, ends: Sequence[int]) -> int:
-    digest = start = 0
+    digest, start, whole = 0, 0, memoryview(body)  # a slice of it is no copy, and hashes like one
     for end in ends:
-        digest, start = hash((digest, body[start:end])), end
+        digest, start = hash((digest, whole[start:end])), end
     return digest
 
 
@@ -188,4 +206,4 @@ def _same_json(one: Any, other: Any) -> bool:
 
 
 def _size(known: Known) -> int:
-    return known.ids.nbytes + ENTRY_BYTES
+    return known.ids.nbytes + len(known.hashes) + ENTRY_BYTES

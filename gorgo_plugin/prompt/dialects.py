@@ -26,13 +26,13 @@ from gorgo_plugin.prompt.conversation import (
 Body = Mapping[str, Any]
 
 
-def read_chat(body: Body) -> Conversation:
-    """Read an OpenAI chat body, with vLLM's further fields.
+def read_chat(body: Body, known_messages: int = 0) -> Conversation:
+    """Read an OpenAI chat body, with vLLM's further fields; `known_messages` were before those that it holds.
 
     Raises:
         PromptError: `messages` is missing, empty or holds what is no message.
     """
-    items = _messages(body)
+    items = _messages(body, at_least=not known_messages)
     continue_final = body.get("continue_final_message") is True
     template_args = {}
     if as_list(body.get("documents")) is not None:
@@ -41,7 +41,7 @@ def read_chat(body: Body) -> Conversation:
         template_args["reasoning_effort"] = body["reasoning_effort"]
     template_args |= as_mapping(body.get("chat_template_kwargs")) or {}
     return Conversation(
-        [_chat_message(item, index) for index, item in enumerate(items)],
+        [_chat_message(item, index) for index, item in enumerate(items, known_messages)],
         tools=read_tools(body.get("tools")),
         template_args=template_args,
         add_generation_prompt=body.get("add_generation_prompt") is not False and not continue_final,
@@ -50,11 +50,11 @@ def read_chat(body: Body) -> Conversation:
     )
 
 
-def _messages(body: Body) -> Sequence[Any]:
+def _messages(body: Body, at_least: int = 1) -> Sequence[Any]:
     items = as_list(body.get("messages"))
     if items is None:
         raise PromptError("messages: expected a list of messages")
-    if not items:
+    if len(items) < at_least:
         raise PromptError("messages: expected at least one message")
     return items
 

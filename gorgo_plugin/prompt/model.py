@@ -11,6 +11,7 @@ from itertools import pairwise
 import jinja2
 
 from gorgo_plugin.errors import SettingsError
+from gorgo_plugin.prefix import BlockHasher
 from gorgo_plugin.prompt.conversation import Conversation, Message, tool_call
 from gorgo_plugin.prompt.cuts import chunk_spans, cut_text
 from gorgo_plugin.prompt.sources import EMBEDDED, TokenizerSource
@@ -29,6 +30,7 @@ class PromptModel:
 
     Attributes:
         vocabulary: what tokenizes.
+        hasher: hashes the blocks of its prompts.
         cuts: special tokens in front of which prompts are cut; where there are none and words do not cut either,
             prompts are tokenized whole.
         answer_header: ids of what asks for an answer, where prompts can be gone on with message by message; else None.
@@ -42,6 +44,7 @@ class PromptModel:
         source: TokenizerSource,
         template: tuple[str, str] | None,
         now: Callable[[], datetime],
+        hasher: BlockHasher,
     ) -> None:
         """`template` is (text, origin) of a configured template; None: the tokenizer folder's, else ChatML.
 
@@ -50,6 +53,7 @@ class PromptModel:
         """
         self._name = name
         self.vocabulary = vocabulary
+        self.hasher = hasher
         self.exact = source.name != EMBEDDED
         texts = {"default": template[0]} if template is not None else source.templates
         self._origin = template[1] if template is not None else f"{source.name} (its folder)" if texts else CHATML

@@ -94,6 +94,22 @@ class Recalled:
         return joined_ids(ids)
 
 
+class GoneOn:
+    """A prompt that goes on from known ids with a little text, which is not looked up: it was hardly seen before."""
+
+    __slots__ = ("_known", "_text", "_vocabulary", "cold_chars")
+
+    def __init__(self, known: Ids, text: str, vocabulary: Vocabulary) -> None:
+        self._known = known
+        self._text = text
+        self._vocabulary = vocabulary
+        self.cold_chars = len(text)
+
+    def ids(self) -> Ids:
+        """The ids of the whole."""
+        return joined_ids([self._known, *self._vocabulary.encode([self._text])])
+
+
 class Recall:
     """Looks text up in a cache."""
 
@@ -111,6 +127,13 @@ class Recall:
             else:
                 parts.append(stretch)
         return Recalled(parts, model.vocabulary, self._cache)
+
+    def go_on(self, model: PromptModel, known: Ids, stretches: Sequence[Stretch]) -> Recalled | GoneOn:
+        """As `look_up`, of a prompt that begins with known ids."""
+        only = stretches[0] if len(stretches) == 1 else None
+        if isinstance(only, list) and sum(map(len, only)) <= LONG_CHARS:
+            return GoneOn(known, "".join(only), model.vocabulary)
+        return self.look_up(model, [known, *stretches])
 
     def _text(self, model: PromptModel, text: str) -> Iterator[Ids | _Chunk]:
         *whole, (last, end) = model.chunks(text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gorgo_plugin.prefix import Credit
-from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
+from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 
 # How far past its predicted first token a flight must be before the lateness itself is priced: prefill steps are mixed
 # with decodes and a step is coarse, so twice the prediction and this much more is still ordinary.
@@ -74,6 +74,7 @@ class Flights(Table):
         )
         self._open: dict[int, Flight] = {}
         self._queues: dict[int, dict[int, Flight]] = {}  # slot -> flights in the prefill queue, in order
+        self._waiting = 0  # flights in all of them
         self._unstreamed: list[tuple[float, int]] = []  # heap of (predicted prefill end, flight id)
 
     def __len__(self) -> int:
@@ -98,8 +99,9 @@ class Flights(Table):
         if not flight.in_queue:
             return
         self._dequeue(flight, now_s)
-        self._columns["decoding"][flight.slot] += 1
-        self._columns["decoding_prompt_tokens"][flight.slot] += flight.prompt_tokens
+        cells = self._columns.cells
+        cells["decoding"][flight.slot] += 1.0
+        cells["decoding_prompt_tokens"][flight.slot] += flight.prompt_tokens
 
     def close(self, flight_id: int, now_s: float) -> Flight | None:
         """Release a flight; None when it is not open (unknown, or released before)."""
@@ -126,29 +128,36 @@ class Flights(Table):
         """Ids of the open flights dispatched before `limit_s`."""
         return [flight.flight_id for flight in self._open.values() if flight.dispatched_s < limit_s]
 
-    def column(self, name: str, slots: SlotArray) -> FloatArray:
-        """One of the sums per replica, shape (len(slots),)."""
-        return self._columns[name][slots]
+    def column(self, name: str, rows: Rows) -> FloatArray:
+        """One of the sums per replica."""
+        return self._columns[name][rows]
 
-    def backlog_ms(self, slots: SlotArray, ms_per_token: FloatArray, now_s: float) -> FloatArray:
+    def backlog_ms(self, rows: Rows, ms_per_token: FloatArray, now_s: float) -> FloatArray:
         """Time until the replica's prefill queue is empty, in ms.
 
         Every queued uncached token costs `ms_per_token`, less what the head of the queue must have had by now. A head
         far past its time is evidence against the replica: its lateness is added, so a replica that hangs prices itself
         out instead of looking idle.
         """
+        if not self._waiting:
+            return np.zeros(len(ms_per_token))
         columns = self._columns
-        if not columns["waiting"][slots].any():
-            return np.zeros(len(slots))
-        head_ms = columns["head_tokens"][slots] * ms_per_token
-        elapsed_ms = np.maximum(now_s - columns["head_since_s"][slots], 0.0) * 1000.0
-        late_ms = np.maximum(elapsed_ms - 2.0 * head_ms - LATE_AFTER_MS, 0.0)
-        return columns["queued_tokens"][slots] * ms_per_token - np.minimum(elapsed_ms, head_ms) + late_ms
+        head_ms = columns["head_tokens"][rows] * ms_per_token
+        elapsed_ms = (now_s - columns["head_since_s"][rows]) * 1000.0
+        np.maximum(elapsed_ms, 0.0, out=elapsed_ms)
+        late_ms = elapsed_ms - 2.0 * head_ms
+        late_ms -= LATE_AFTER_MS
+        np.maximum(late_ms, 0.0, out=late_ms)
+        queued_ms = columns["queued_tokens"][rows] * ms_per_token
+        queued_ms -= np.minimum(elapsed_ms, head_ms)
+        queued_ms += late_ms
+        return queued_ms
 
     def ahead_tokens(self, slot: int, ms_per_token: float, now_s: float) -> float:
         """Uncached tokens that a flight opened now would wait for, less what the head must have had by now."""
-        queued, head = float(self._columns["queued_tokens"][slot]), float(self._columns["head_tokens"][slot])
-        elapsed_ms = max(now_s - float(self._columns["head_since_s"][slot]), 0.0) * 1000.0
+        cells = self._columns.cells
+        queued, head = cells["queued_tokens"][slot], cells["head_tokens"][slot]
+        elapsed_ms = max(now_s - cells["head_since_s"][slot], 0.0) * 1000.0
         return max(queued - min(elapsed_ms / ms_per_token, head), 0.0)
 
     def open_per_slot(self) -> dict[int, int]:
@@ -159,44 +168,46 @@ class Flights(Table):
         return counts
 
     def _enqueue(self, flight: Flight) -> None:
-        slot = flight.slot
+        slot, cells = flight.slot, self._columns.cells
         queue = self._queues.setdefault(slot, {})
         queue[flight.flight_id] = flight
-        self._columns["waiting"][slot] += 1
-        self._columns["queued_tokens"][slot] += flight.uncached_tokens
-        self._columns["queued_prompt_tokens"][slot] += flight.prompt_tokens
+        self._waiting += 1
+        cells["waiting"][slot] += 1.0
+        cells["queued_tokens"][slot] += flight.uncached_tokens
+        cells["queued_prompt_tokens"][slot] += flight.prompt_tokens
         if len(queue) == 1:
             self._set_head(slot, flight.dispatched_s + flight.network_ms / 2000.0)
 
     def _dequeue(self, flight: Flight, now_s: float) -> None:
-        slot, columns = flight.slot, self._columns
+        slot, cells = flight.slot, self._columns.cells
         queue = self._queues[slot]
         was_head = next(iter(queue)) == flight.flight_id
         del queue[flight.flight_id]
+        self._waiting -= 1
         flight.in_queue = False
         if not queue:  # exact zeros, so that rounding never accumulates
             for name in ("waiting", "queued_tokens", "queued_prompt_tokens", "head_tokens"):
-                columns[name][slot] = 0.0
-            columns["head_since_s"][slot] = math.inf
+                cells[name][slot] = 0.0
+            cells["head_since_s"][slot] = math.inf
             return
-        columns["waiting"][slot] -= 1
-        columns["queued_tokens"][slot] -= flight.uncached_tokens
-        columns["queued_prompt_tokens"][slot] -= flight.prompt_tokens
+        cells["waiting"][slot] -= 1.0
+        cells["queued_tokens"][slot] -= flight.uncached_tokens
+        cells["queued_prompt_tokens"][slot] -= flight.prompt_tokens
         if was_head:  # the engine turned to the next one half a round trip before this first token was seen
             self._set_head(slot, now_s - flight.network_ms / 2000.0)
 
     def _set_head(self, slot: int, since_s: float) -> None:
-        head = next(iter(self._queues[slot].values()))
-        self._columns["head_tokens"][slot] = head.uncached_tokens
-        self._columns["head_since_s"][slot] = max(since_s, head.dispatched_s + head.network_ms / 2000.0)
+        head, cells = next(iter(self._queues[slot].values())), self._columns.cells
+        cells["head_tokens"][slot] = head.uncached_tokens
+        cells["head_since_s"][slot] = max(since_s, head.dispatched_s + head.network_ms / 2000.0)
 
     def _uncount(self, flight: Flight, now_s: float) -> None:
         if flight.in_queue:
             self._dequeue(flight, now_s)
             return
-        slot, columns = flight.slot, self._columns
-        columns["decoding"][slot] -= 1
-        if columns["decoding"][slot] <= 0:
-            columns["decoding"][slot] = columns["decoding_prompt_tokens"][slot] = 0.0
+        slot, cells = flight.slot, self._columns.cells
+        cells["decoding"][slot] -= 1.0
+        if cells["decoding"][slot] <= 0.0:
+            cells["decoding"][slot] = cells["decoding_prompt_tokens"][slot] = 0.0
         else:
-            columns["decoding_prompt_tokens"][slot] -= flight.prompt_tokens
+            cells["decoding_prompt_tokens"][slot] -= flight.prompt_tokens

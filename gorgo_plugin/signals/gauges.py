@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
+from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class GaugeTable(Table):
         """Take in a reading; used tokens are derived from `kv_usage` where the engine gives only that."""
         self._last[slot] = (now_s, gauges)
         used = gauges.used_tokens if gauges.used_tokens is not None else gauges.kv_usage * kv_tokens
-        self._columns["running"][slot] = gauges.running
-        self._columns["waiting"][slot] = gauges.waiting
-        self._columns["used_tokens"][slot] = used
+        cells = self._columns.cells
+        cells["running"][slot], cells["waiting"][slot] = gauges.running, gauges.waiting
+        cells["used_tokens"][slot] = used
 
-    def column(self, name: str, slots: SlotArray) -> FloatArray:
+    def column(self, name: str, rows: Rows) -> FloatArray:
         """`running`, `waiting` or `used_tokens`; NaN where the replica was never read."""
-        return self._columns[name][slots]
+        return self._columns[name][rows]
 
     def describe(self, slot: int, now_s: float) -> dict[str, float | None] | None:
         """One replica's reading with its age, None where there is none."""

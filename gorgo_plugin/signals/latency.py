@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gorgo_plugin.settings import ProbeSettings
-from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
+from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 
 # What one stale period adds to the doubt, as a share of the round trip itself, on top of its spread.
 STALE_GROWTH = 0.25
@@ -28,7 +28,7 @@ class LatencyTable(Table):
         """Take in one measured round trip; values that are no duration are ignored."""
         if not (0.0 <= rtt_s < math.inf):
             return
-        rtt, spread, at = (self._columns[name] for name in ("rtt_ms", "spread_ms", "at_s"))
+        rtt, spread, at = (self._columns.cells[name] for name in ("rtt_ms", "spread_ms", "at_s"))
         sample, alpha = min(rtt_s, MAX_RTT_S) * 1000.0, self.settings.alpha
         if math.isnan(rtt[slot]):
             rtt[slot], spread[slot] = sample, sample / 2  # as TCP starts its own estimate (RFC 6298)
@@ -39,35 +39,34 @@ class LatencyTable(Table):
 
     def restore(self, slot: int, rtt_ms: float, spread_ms: float, at_s: float) -> None:
         """Take over a value that another router measured."""
-        self._columns["rtt_ms"][slot] = rtt_ms
-        self._columns["spread_ms"][slot] = spread_ms
-        self._columns["at_s"][slot] = at_s
+        cells = self._columns.cells
+        cells["rtt_ms"][slot], cells["spread_ms"][slot], cells["at_s"][slot] = rtt_ms, spread_ms, at_s
 
-    def price_ms(self, slots: SlotArray, now_s: float) -> tuple[FloatArray, FloatArray]:
-        """(round trip, doubt) per replica.
+    def price_ms(self, rows: Rows, now_s: float) -> tuple[FloatArray, FloatArray]:
+        """(round trip, doubt) per replica, as they are now.
 
         A round trip that was never measured counts as the prior, so never 0 for want of knowledge, and the prior once
         more is its doubt. A stale one is doubted the more, the older it is.
         """
-        rtt, at = self._columns["rtt_ms"][slots], self._columns["at_s"][slots]
+        rtt, at = self._columns["rtt_ms"][rows].copy(), self._columns["at_s"][rows]
         stale_after_s, prior_ms = self.settings.stale_after_s, self.settings.prior_ms
-        if not len(slots) or now_s - at.min() <= stale_after_s:  # as it mostly is: all measured, none stale
-            return rtt, np.zeros(len(slots))
+        if not len(at) or now_s - np.minimum.reduce(at) <= stale_after_s:  # as it mostly is: all measured, none stale
+            return rtt, np.zeros(len(at))
         periods = np.maximum(now_s - at, 0.0) / stale_after_s
         late = np.minimum(periods, MAX_STALE_PERIODS)
-        stale = np.where(periods > 1.0, (self._columns["spread_ms"][slots] + STALE_GROWTH * rtt) * late, 0.0)
+        stale = np.where(periods > 1.0, (self._columns["spread_ms"][rows] + STALE_GROWTH * rtt) * late, 0.0)
         unknown = np.isnan(rtt)
         return np.where(unknown, prior_ms, rtt), np.where(unknown, prior_ms, stale)
 
     def describe(self, slot: int, now_s: float) -> dict[str, float | bool | None]:
         """One replica's row as plain data."""
-        rtt = float(self._columns["rtt_ms"][slot])
+        rtt = self._columns.cells["rtt_ms"][slot]
         if math.isnan(rtt):
             return {"rtt_ms": None, "spread_ms": None, "age_s": None, "stale": True}
-        age = max(now_s - float(self._columns["at_s"][slot]), 0.0)
+        age = max(now_s - self._columns.cells["at_s"][slot], 0.0)
         return {
             "rtt_ms": rtt,
-            "spread_ms": float(self._columns["spread_ms"][slot]),
+            "spread_ms": self._columns.cells["spread_ms"][slot],
             "age_s": age,
             "stale": age > self.settings.stale_after_s,
         }

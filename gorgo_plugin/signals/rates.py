@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals.columns import FloatArray, SlotArray, Table
+from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
 REFIT_EVERY = 8  # samples between fits once the window has filled a quarter
@@ -43,7 +43,7 @@ class RateTable(Table):
         """Take in one first token: the uncached tokens it waited for, own ones included, and TTFT - RTT."""
         if not (0.0 < service_ms < np.inf and 0.0 < work_tokens < np.inf):
             return
-        seen = self._columns["samples"]
+        seen = self._columns.cells["samples"]
         seen[slot] += 1
         if seen[slot] <= COLD_SAMPLES:
             return
@@ -54,37 +54,41 @@ class RateTable(Table):
 
     def restore(self, slot: int, ms_per_token: float, overhead_ms: float, samples: float) -> None:
         """Take over what another router learned; it weighs like a prior until own samples come."""
-        self._columns["ms_per_token"][slot] = ms_per_token
-        self._columns["overhead_ms"][slot] = overhead_ms
-        self._columns["samples"][slot] = samples
+        cells = self._columns.cells
+        cells["ms_per_token"][slot], cells["overhead_ms"][slot] = ms_per_token, overhead_ms
+        cells["samples"][slot] = samples
 
-    def ms_per_token(self, slots: SlotArray) -> FloatArray:
+    def ms_per_token(self, rows: Rows) -> FloatArray:
         """Milliseconds per uncached prompt token."""
-        return self._columns["ms_per_token"][slots]
+        return self._columns["ms_per_token"][rows]
 
-    def overhead_ms(self, slots: SlotArray) -> FloatArray:
+    def overhead_ms(self, rows: Rows) -> FloatArray:
         """Fixed milliseconds of a first token, whatever the prompt."""
-        return self._columns["overhead_ms"][slots]
+        return self._columns["overhead_ms"][rows]
+
+    def slot_ms_per_token(self, slot: int) -> float:
+        """Milliseconds per uncached prompt token of one replica."""
+        return self._columns.cells["ms_per_token"][slot]
 
     def describe(self, slot: int) -> dict[str, float]:
         """One replica's rates as plain data."""
         return {
-            "ms_per_token": float(self._columns["ms_per_token"][slot]),
-            "overhead_ms": float(self._columns["overhead_ms"][slot]),
-            "samples": int(self._columns["samples"][slot]),
+            "ms_per_token": self._columns.cells["ms_per_token"][slot],
+            "overhead_ms": self._columns.cells["overhead_ms"][slot],
+            "samples": int(self._columns.cells["samples"][slot]),
         }
 
     def _fit(self, slot: int, window: Sequence[tuple[float, float]]) -> None:
         # Plain Python: with so few samples the dozen array operations of a fit would take four times as long.
-        prior, columns = self.prior, self._columns
-        known = float(columns["overhead_ms"][slot])
+        prior, cells = self.prior, self._columns.cells
+        known = cells["overhead_ms"][slot]
         slope = weighted_median(
             [
                 (prior.ms_per_token, SLOPE_PRIOR_TOKENS),
                 *((max(ms - known, 0.0) / tokens, min(tokens, FULL_TOKENS)) for tokens, ms in window),
             ]
         )
-        columns["ms_per_token"][slot] = slope = max(slope, prior.ms_per_token * 1e-2)  # an engine is never free
+        cells["ms_per_token"][slot] = slope = max(slope, prior.ms_per_token * 1e-2)  # an engine is never free
         overhead = weighted_median(
             [
                 (prior.overhead_ms, OVERHEAD_PRIOR_SAMPLES),
@@ -92,7 +96,7 @@ class RateTable(Table):
             ]
         )
         # The fixed part of an answer cannot be longer than the fastest answer was.
-        columns["overhead_ms"][slot] = min(max(overhead, 0.0), min(ms for _, ms in window))
+        cells["overhead_ms"][slot] = min(max(overhead, 0.0), min(ms for _, ms in window))
 
 
 def weighted_median(weighted: Iterable[tuple[float, float]]) -> float:

@@ -363,7 +363,7 @@ def test_slots_are_used_again_but_not_while_a_flight_is_open(router: Router) -> 
         router.set_replicas([ReplicaSettings.model_validate(replica(f"r{round_}-{n}")) for n in range(3)])
         router.finish(flight)
         assert at_rest(router)
-    assert router._replicas._rows <= 9
+    assert router._replicas.rows <= 9
 
 
 def test_a_snapshot_is_plain_json_and_another_router_can_start_from_it(router: Router, clock: Clock) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import timeit
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gorgo_plugin.decision import Cost, Decision
+from gorgo_plugin.decision import Decision, Prompt
+from gorgo_plugin.router import Router
 from gorgo_plugin.runtime.metrics import DERIVED, EVENTS, Metrics, Reading
 from gorgo_plugin.settings import Settings
 
@@ -24,8 +26,8 @@ def registry() -> CollectorRegistry:
 
 
 def decision(replica: str = "a") -> Decision:
-    cost = Cost(1.0, 0.0, 0.0, 2.0, 3.0, 3.0, 0, 10)
-    return Decision("r1", 1, replica, "east", "cheapest", (replica,), {replica: cost})
+    taken = Router(SETTINGS).explain(Prompt([1], model="m"))
+    return replace(taken, replica=replica, reason="cheapest")
 
 
 def series(registry: CollectorRegistry, name: str) -> dict[tuple[tuple[str, str], ...], float]:
