@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tests.real_engine.engines import BLOCK_TOKENS, NAMES
 from tests.real_engine.gateway import Turn
-from tests.real_engine.replay import FLOODED, Asked, Crossing
+from tests.real_engine.replay import Asked, Crossing
 
 FORGOTTEN_SHARE = 0.5  # a conversation of which the engine found less than this of its history has been evicted
 
@@ -41,14 +41,17 @@ def estimated(asked: Sequence[Asked]) -> list[Check]:
     """Estimated cached tokens against the reported ones, from prompts and usage alone.
 
     What an engine keeps of its own answers cannot be read from prompts: whether they come back as the same tokens is
-    the client's and the tokenizer's doing. So an estimate may leave them out, which the second row counts as error.
+    the client's, the template's and the tokenizer's doing. An estimate may leave them out, which only the second row
+    counts as error, or expect them by what was reported before: the first report of a model group is left out.
     """
-    over = [one.turn.over_tokens for one in asked]
-    least = [-BLOCK_TOKENS - one.generated_cached_tokens for one in asked]
+    first = {one.turn.model: one for one in reversed(asked) if one.before is not None}
+    judged = [one for one in asked if one is not first.get(one.turn.model)]
+    over = [one.turn.over_tokens for one in judged]
+    least = [-BLOCK_TOKENS - one.generated_cached_tokens for one in judged]
     inside = sum(low <= tokens <= BLOCK_TOKENS for low, tokens in zip(least, over, strict=True))
     apart = f"{inside} of {len(over)}, most {max(over):+d}"
     whole = (
-        f"{sum(abs(tokens) <= BLOCK_TOKENS for tokens in over)} of {len(over)}, least {min(over):+d}; {_error(asked)}"
+        f"{sum(abs(tokens) <= BLOCK_TOKENS for tokens in over)} of {len(over)}, least {min(over):+d}; {_error(judged)}"
     )
     return [
         Check("cached tokens: estimate within a block, answers apart", apart, inside == len(over)),
@@ -64,14 +67,14 @@ def _error(asked: Sequence[Asked]) -> str:
 
 def generated(asked: Sequence[Asked]) -> list[Check]:
     """How much of the answers the engines found again in the next prompt, and how much of that was expected."""
+    kinds = {"words": "whole words", "headers": "whole words, trimmed", "chatml": "random tokens"}
     rows = []
-    for words, model in sorted({(one.conversation.words, one.turn.model) for one in asked}, reverse=True):
-        mine = [one for one in asked if (one.conversation.words, one.turn.model) == (words, model)]
+    for model, kind in kinds.items():
+        mine = [one for one in asked if one.turn.model == model]
         kept, found = sum(one.generated_tokens for one in mine), sum(one.generated_cached_tokens for one in mine)
         expected = sum(max(one.generated_cached_tokens + min(one.turn.over_tokens, 0), 0) for one in mine)
         figure = f"{found:,} of {kept:,} tokens ({found / max(kept, 1):.0%}), {expected:,} of them expected"
-        kind = "whole words" if words else "random tokens"
-        rows.append(Check(f"answers of {kind} found cached a turn later, '{model}'", figure))
+        rows.append(Check(f"answers of {kind} found cached a turn later", figure))
     return rows
 
 
@@ -112,24 +115,23 @@ def at_the_margin(asked: Sequence[Asked]) -> Check:
     return Check("a cache that begins to overflow", figure)
 
 
-def evicted(asked: Sequence[Asked], filled: Mapping[str, float]) -> list[Check]:
+def evicted(asked: Sequence[Asked], filled: Mapping[str, float], flooded: str) -> list[Check]:
     """Whether an overfilled cache was forgotten, its size being known.
 
-    The verdict is on the model group that overfilled it. The other group is another name of the same model in the same
+    The verdict is on the model group that overfilled it. The others are other names of the same model in the same
     cache, which the gateway cannot know.
     """
-    rows = []
-    for model in sorted({one.turn.model for one in asked}):
-        mine = [one for one in asked if one.turn.model == model]
+    rows: list[Check] = []
+    for mine, name in (
+        ([one for one in asked if one.turn.model == flooded], "an overfilled cache is forgotten: its size known"),
+        ([one for one in asked if one.turn.model != flooded], "the same for other names in the same cache"),
+    ):
         wrong = sum(one.turn.over_tokens > BLOCK_TOKENS for one in mine)
         gone = sum(_was_evicted(one) for one in mine)
         figure = f"{wrong} of {len(mine)} too high by more than a block, {gone} had been evicted"
-        if model == FLOODED:
-            figure += "; filled " + ", ".join(f"{name} {times:.1f} times" for name, times in filled.items())
-            rows.append(Check("an overfilled cache is forgotten: its size known", figure, wrong == 0 < gone))
-        else:
-            rows.append(Check(f"the same for '{model}', another name in the same cache", figure))
-    return rows
+        rows.append(Check(name, figure, wrong == 0 < gone if not rows else None))
+    times = ", ".join(f"{name} {times:.1f} times" for name, times in filled.items())
+    return [replace(rows[0], figure=f"{rows[0].figure}; filled {times}"), rows[1]]
 
 
 def corrected(first: Sequence[Asked], second: Sequence[Asked]) -> list[Check]:

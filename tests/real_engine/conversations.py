@@ -49,7 +49,6 @@ class Conversation:
         questions: one for each turn.
         messages: what the next request sends.
         tools: offered with every request.
-        words: answers are made of whole words, so that they are tokenized again as they were generated.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Conversation:
     questions: list[str]
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
-    words: bool = False
 
     def ask(self, turn: int) -> list[dict[str, Any]]:
         """Append the question of a turn, from 0; returns the messages to send."""
@@ -74,15 +72,14 @@ def conversations(seed: int) -> list[Conversation]:
     rng = random.Random(seed)
     made = []
     for index in range(16):
-        model = "headers" if index % 4 == 3 else "chatml"
+        model = ("chatml", "words", "chatml", "headers")[index % 4]
         made.append(
             Conversation(
                 name=f"conversation {index}",
                 model=model,
                 questions=[_question(rng, index, turn) for turn in range(TURNS + LATER_TURNS)],
-                messages=_beginning(index) if model == "chatml" else [{"role": "system", "content": SYSTEM}],
-                tools=TOOLS if model == "chatml" and index % 4 == 2 else None,
-                words=index % 2 == 1,
+                messages=_beginning(index),
+                tools=TOOLS if index % 4 == 2 else None,
             )
         )
     return made
@@ -93,7 +90,7 @@ def fresh_conversations(rng: random.Random) -> list[Conversation]:
     return [
         Conversation(
             name=f"fresh {index}",
-            model="chatml",
+            model="words",
             questions=[f"{rng.getrandbits(64):016x} " + prose(rng, 4000), *(prose(rng, 300) for _ in range(3))],
         )
         for index in range(8)
@@ -101,9 +98,11 @@ def fresh_conversations(rng: random.Random) -> list[Conversation]:
 
 
 def _beginning(index: int) -> list[dict[str, Any]]:
-    """Nothing, a system prompt, or one with a tool call that has been answered."""
+    """Nothing, a system prompt, a longer one with a tool call that has been answered."""
     if index % 4 == 0:
         return []
+    if index % 4 == 3:
+        return [{"role": "system", "content": SYSTEM}]
     system = [{"role": "system", "content": SYSTEM + page("typesmapping")[:2000]}]
     if index % 4 == 1:
         return system

@@ -19,7 +19,9 @@ from tests.real_engine.model import CONTEXT_TOKENS, KV_BYTES_PER_TOKEN
 BLOCK_TOKENS = 32  # vLLM's attention on CPUs takes multiples of 32 only
 KV_BYTES = 64 * 2**20
 KV_TOKENS = KV_BYTES // KV_BYTES_PER_TOKEN
-MODELS = ("chatml", "headers")  # names of one model; the second is asked with the other template
+# Names of one model, so that each learns for itself how answers come back: ChatML with answers of random tokens, ChatML
+# with answers of whole words, and the other template, which trims answers, with whole words.
+MODELS = ("chatml", "words", "headers")
 NAMES = ("alpha", "beta")
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gorgo_plugin import Router, Settings
 from gorgo_plugin.fleet.gateway import API_KEY, litellm_proxy
-from tests.real_engine.engines import BLOCK_TOKENS, Engine
+from tests.real_engine.engines import BLOCK_TOKENS, MODELS, Engine
 from tests.real_engine.model import HEADERS
 
 REQUEST_TIMEOUT_S = 60.0  # the longest prompt takes 3 s on a core of its own
@@ -82,7 +82,6 @@ class Gateway:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         max_tokens: int = MAX_TOKENS,
-        words: bool = False,
     ) -> Turn:
         """Send one request and read its answer to the end.
 
@@ -93,7 +92,7 @@ class Gateway:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if tools:
             body |= {"tools": tools, "tool_choice": "none"}
-        if words:
+        if model != "chatml":
             body["allowed_token_ids"] = self._words
         raw = json.dumps(body).encode()
         local = await asyncio.to_thread(self._counter.prepare, raw, _CHAT)
@@ -143,7 +142,7 @@ async def _read(answer: aiohttp.ClientResponse) -> tuple[str, dict[str, Any], fl
 
 
 def settings(model: Path, **more: Any) -> dict[str, Any]:
-    """The gateway's settings: both model groups with the model's tokenizer, one with the other template."""
+    """The gateway's settings: all model groups with the model's tokenizer, one with the other template."""
     return {
         "tokenizer": str(model),
         "block_tokens": BLOCK_TOKENS,
@@ -179,10 +178,7 @@ async def gateway(
     """
     arguments = settings(model, **more)
     config = {
-        "model_list": [
-            *(_deployment(engine, "chatml", own[engine.name]) for engine in engines),
-            *(_deployment(engine, "headers", own[engine.name], chat_template=HEADERS) for engine in engines),
-        ],
+        "model_list": [_deployment(engine, group, own[engine.name]) for group in MODELS for engine in engines],
         "general_settings": {"master_key": API_KEY},
         "litellm_settings": {"callbacks": ["gorgo_plugin.litellm_strategy.callback"]},
         "router_settings": {"routing_strategy": "gorgo", "routing_strategy_args": arguments},
@@ -197,10 +193,10 @@ async def gateway(
         yield Gateway(session, counter, words)
 
 
-def _deployment(engine: Engine, group: str, own: dict[str, Any], **extra_body: Any) -> dict[str, Any]:
+def _deployment(engine: Engine, group: str, own: dict[str, Any]) -> dict[str, Any]:
     params: dict[str, Any] = {"model": f"hosted_vllm/{group}", "api_base": f"{engine.url}/v1", "api_key": "none"}
-    if extra_body:
-        params["extra_body"] = extra_body
+    if group == "headers":
+        params["extra_body"] = {"chat_template": HEADERS}
     return {
         "model_name": group,
         "litellm_params": params,

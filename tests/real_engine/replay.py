@@ -17,9 +17,8 @@ from tests.real_engine.gateway import Gateway, Turn
 
 AT_ONCE = 4  # conversations begin four at a time, so that both engines get some
 LONG_CHARS = 21_000  # 6,000 to 7,500 tokens: seconds of prefill on one core
-FLOODED = "chatml"  # the model group that long prompts are sent to
 FLOOD_PROMPTS = 24  # of that length: about twice what both caches hold
-MARGIN_PROMPTS = 5  # after what went before: a little more than they hold
+MARGIN_PROMPTS = 11  # of that length: with the conversations before them a little more than both hold
 SHORT_PROMPTS = 3  # sent while a long one is in flight
 LONG_ROUNDS = 4
 SEEN_WITHIN_S = 10.0  # a dispatched request shows in the status
@@ -72,9 +71,7 @@ class Replay:
         """Ask a conversation's next question."""
         before = self._last.get(id(conversation))
         number = 0 if before is None else before.number + 1
-        turn = await self._gateway.ask(
-            conversation.model, conversation.ask(number), conversation.tools, words=conversation.words
-        )
+        turn = await self._gateway.ask(conversation.model, conversation.ask(number), conversation.tools)
         conversation.answer(turn.text)
         asked = Asked(conversation, number, turn, None if before is None else before.turn)
         self._last[id(conversation)] = asked
@@ -107,13 +104,13 @@ async def play(
     return asked
 
 
-async def flood(gateway: Gateway, rng: random.Random, prompts: int = FLOOD_PROMPTS) -> list[Turn]:
+async def flood(gateway: Gateway, rng: random.Random, model: str, prompts: int = FLOOD_PROMPTS) -> list[Turn]:
     """Long prompts that share nothing; by default as many as fill both caches anew."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(text: str) -> Turn:
         async with gate:
-            return await gateway.ask(FLOODED, _fresh(text), max_tokens=2)
+            return await gateway.ask(model, _fresh(text), max_tokens=2)
 
     texts = [long_text(rng) for _ in range(prompts)]
     async with asyncio.TaskGroup() as group:
@@ -142,12 +139,12 @@ class Crossing:
 async def cross(gateway: Gateway, rng: random.Random) -> Crossing:
     """Send a long prompt, and while it is in flight short ones, one after the other."""
     sent_s = time.monotonic()
-    task = asyncio.create_task(gateway.ask(FLOODED, _fresh(long_text(rng)), max_tokens=2))
+    task = asyncio.create_task(gateway.ask("words", _fresh(long_text(rng)), max_tokens=2))
     await _until_in_flight(gateway, task)
     shorts = []
     for _ in range(SHORT_PROMPTS):
         text = f"{rng.getrandbits(64):016x} " + prose(rng, 300)
-        shorts.append(await gateway.ask(FLOODED, _fresh(text), max_tokens=2))
+        shorts.append(await gateway.ask("words", _fresh(text), max_tokens=2))
     answered_ms = (time.monotonic() - sent_s) * 1e3
     long = await task
     return Crossing(long, shorts, answered_ms < long.ttft_ms)

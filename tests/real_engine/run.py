@@ -69,14 +69,16 @@ class Run:
             crossings = [await cross(proxy, rng) for _ in range(LONG_ROUNDS)]
             self.turns["crossings"] = [turn for one in crossings for turn in (one.long, *one.shorts)]
             self.rows += checks.crossed(crossings)
-            await flood(proxy, rng, MARGIN_PROMPTS)
-            late = await replay.round(talks)
-            self._note("at the margin", late)
-            self.rows.append(checks.at_the_margin(late))
-            self.turns["flood"] = await flood(proxy, rng)
+            self.turns["flood"] = await flood(proxy, rng, "chatml")
             late = await replay.round(talks)
             self._note("after the flood", late)
-            self.rows += checks.evicted(late, flooded(self.turns["flood"]))
+            self.rows += checks.evicted(late, flooded(self.turns["flood"]), "chatml")
+            new = fresh_conversations(rng)
+            await play(replay, new, 1)
+            await flood(proxy, rng, "words", MARGIN_PROMPTS)
+            late = await replay.round(rng.sample(new, len(new)))
+            self._note("at the margin", late)
+            self.rows.append(checks.at_the_margin(late))
             warm = [*self.turns["conversations"][COLD_TURNS:], *self.turns["crossings"], *self.turns["after the flood"]]
             self.rows.append(checks.predicted(warm))
 
@@ -88,7 +90,7 @@ class Run:
             talks = fresh_conversations(rng)
             replay = Replay(proxy)
             await play(replay, talks, 1)
-            await flood(proxy, rng)
+            await flood(proxy, rng, "words")
             first = await replay.round(reversed(talks))
             second = await replay.round(talks)
             self._note("oversized", first + second)

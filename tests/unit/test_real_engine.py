@@ -39,9 +39,10 @@ def test_a_machine_without_a_build_of_the_engine_is_skipped_with_the_reason(
 def test_an_estimate_may_leave_out_an_answer_but_nothing_of_the_prompt() -> None:
     before = turn(100, 0, 0, output=80)  # 96 tokens of it fill blocks, 160 with its answer
     assert asked(turn(300, 96, 160), before).generated_cached_tokens == 160 - 96
-    assert checks.estimated([asked(turn(300, 96, 160), before)])[0].passed
-    assert not checks.estimated([asked(turn(300, 0, 160), before)])[0].passed
-    assert not checks.estimated([asked(turn(300, 160 + 2 * BLOCK_TOKENS, 160), before)])[0].passed
+    first = asked(turn(300, 0, 160), before)  # its report is the first that tells how answers come back
+    assert checks.estimated([first, asked(turn(300, 96, 160), before)])[0].passed
+    assert not checks.estimated([first, asked(turn(300, 0, 160), before)])[0].passed
+    assert not checks.estimated([first, asked(turn(300, 160 + 2 * BLOCK_TOKENS, 160), before)])[0].passed
 
 
 def test_the_last_token_of_an_answer_fills_no_block() -> None:
@@ -51,9 +52,9 @@ def test_the_last_token_of_an_answer_fills_no_block() -> None:
 
 def test_forgetting_counts_only_where_the_engine_had_evicted_something() -> None:
     before, full = turn(1000, 0, 0), {"alpha": 2.0, "beta": 2.0}
-    assert checks.evicted([asked(turn(1100, 0, 0), before)], full)[0].passed
-    assert not checks.evicted([asked(turn(1100, 992, 0), before)], full)[0].passed
-    assert not checks.evicted([asked(turn(1100, 992, 992), before)], full)[0].passed
+    assert checks.evicted([asked(turn(1100, 0, 0), before)], full, "chatml")[0].passed
+    assert not checks.evicted([asked(turn(1100, 992, 0), before)], full, "chatml")[0].passed
+    assert not checks.evicted([asked(turn(1100, 992, 992), before)], full, "chatml")[0].passed
 
 
 def test_a_turn_that_left_its_replica_fails_the_check() -> None:
