@@ -98,14 +98,17 @@ def fresh_conversations(rng: random.Random) -> list[Conversation]:
 
 
 def _beginning(index: int) -> list[dict[str, Any]]:
-    """Nothing, a system prompt, a longer one with a tool call that has been answered."""
+    """Nothing, a system prompt, another one, a longer one with a tool call that has been answered.
+
+    Model groups share none: an engine would share its blocks between their names, which the gateway cannot know.
+    """
     if index % 4 == 0:
         return []
     if index % 4 == 3:
         return [{"role": "system", "content": SYSTEM}]
-    system = [{"role": "system", "content": SYSTEM + page("typesmapping")[:2000]}]
     if index % 4 == 1:
-        return system
+        return [{"role": "system", "content": page("typesseq")[:2500]}]
+    system = [{"role": "system", "content": SYSTEM + page("typesmapping")[:2000]}]
     call = {"name": "search_docs", "arguments": json.dumps({"query": "with statement ünïcode", "limit": 3})}
     return [
         *system,
