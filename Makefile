@@ -54,6 +54,10 @@ bench-estimator: $(INSTALLED) ## How fast cached tokens are estimated, against t
 soak: $(INSTALLED) ## Ten minutes of requests through Envoy, with clients that leave: nothing may grow or stay open
 	$(BIN)/gorgo soak
 
+.PHONY: real-engine
+real-engine: $(INSTALLED) ## Checks against two real vLLM CPU engines in .venv-vllm, behind the real LiteLLM proxy
+	$(BIN)/python -m tests.real_engine.run --json out/real-engine/real-engine.json --folder out/real-engine
+
 .PHONY: docs
 docs: $(INSTALLED) ## Write the generated pages of docs/ and envoy/envoy.yaml anew
 	$(BIN)/python -m gorgo_plugin.reference
