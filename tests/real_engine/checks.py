@@ -65,6 +65,14 @@ def _error(asked: Sequence[Asked]) -> str:
     return f"{np.count_nonzero(over == 0)} equal, mean |error| {share:.2%} of prompt tokens"
 
 
+def exact(asked: Sequence[Asked], name: str, surprises: int = 0) -> Check:
+    """Estimates that must be what the engine reports, to the token, but for so many that nothing could tell."""
+    over = [one.turn.over_tokens for one in asked]
+    wrong = sum(tokens != 0 for tokens in over)
+    figure = f"{len(over) - wrong} of {len(over)} equal, most {max(over):+d} and {min(over):+d}"
+    return Check(f"with KV events, estimate = reported: {name}", figure, wrong <= surprises)
+
+
 def generated(asked: Sequence[Asked]) -> list[Check]:
     """How much of the answers the engines found again in the next prompt, and how much of that was expected."""
     kinds = {"words": "whole words", "headers": "whole words, trimmed", "chatml": "random tokens"}

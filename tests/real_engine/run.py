@@ -12,6 +12,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,16 @@ from gorgo_plugin.fleet.machine import machine
 from gorgo_plugin.fleet.processes import ProcessError
 from tests.real_engine import checks
 from tests.real_engine.checks import Check
-from tests.real_engine.conversations import TURNS, conversations, fresh_conversations
+from tests.real_engine.conversations import TURNS, Conversation, conversations, fresh_conversations
 from tests.real_engine.engines import KV_TOKENS, Engine, engines
 from tests.real_engine.environment import Unavailable, engine_python, versions
-from tests.real_engine.gateway import RequestFailed, Turn, gateway
+from tests.real_engine.gateway import Gateway, RequestFailed, Turn, gateway
 from tests.real_engine.model import word_ids, write_model
-from tests.real_engine.replay import LONG_ROUNDS, MARGIN_PROMPTS, Asked, Replay, cross, flood, flooded, play
+from tests.real_engine.replay import AT_ONCE, LONG_ROUNDS, MARGIN_PROMPTS, Asked, Replay, cross, flood, flooded, play
 
 SKIPPED = 77  # what automake and others take for a test that could not be run
 TIME_LIMIT_S = 600.0
+FOLLOWED_WITHIN_S = 10.0  # a replay of all events takes a tenth of a second
 COLD_TURNS = 16  # the first answers pay for warm-up, and the rates are not learned yet
 
 
@@ -82,8 +84,8 @@ class Run:
             warm = [*self.turns["conversations"][COLD_TURNS:], *self.turns["crossings"], *self.turns["after the flood"]]
             self.rows.append(checks.predicted(warm))
 
-    async def oversized(self) -> None:
-        """Caches believed far larger than they are: only usage tells what was evicted."""
+    async def oversized(self) -> tuple[Replay, list[Conversation]]:
+        """Caches believed far larger than they are: only usage tells what was evicted. Returns its conversations."""
         rng = random.Random(self._seed + 1)
         own: dict[str, dict[str, Any]] = {engine.name: {"kv_tokens": 100 * KV_TOKENS} for engine in self._engines}
         async with self._gateway("oversized", own, metrics={"path": None}) as proxy:
@@ -95,6 +97,45 @@ class Run:
             second = await replay.round(talks)
             self._note("oversized", first + second)
             self.rows += checks.corrected(first, second)
+        return replay, talks
+
+    async def told(self, replay: Replay, talks: list[Conversation]) -> None:
+        """KV events: a gateway that starts late, new conversations, overflow, a cleared cache, a restart."""
+        rng = random.Random(self._seed + 2)
+        events = {
+            engine.name: {"kv_events": {"endpoint": engine.events, "replay": engine.replay}} for engine in self._engines
+        }
+        async with self._gateway("told", events) as proxy:
+            replay.at(proxy)
+            await self._followed(proxy)
+            await self._exact("a gateway that starts late", replay.round(talks))
+            new = conversations(self._seed + 2)
+            await self._exact("new conversations", play(replay, new, TURNS, at_once=1))
+            await flood(proxy, rng, "words", MARGIN_PROMPTS)
+            await self._exact("a cache that begins to overflow", replay.round(new))
+            for engine in self._engines:
+                await engine.reset_cache()
+            # The engine tells that it cleared its cache with the events of its next step, so one request to each first.
+            await flood(proxy, rng, "words", AT_ONCE)
+            await self._exact("a cache that was cleared", replay.round(new))
+            await self._engines[0].restart()
+            # Its events tell of the restart with its first step: the request before that is priced by the old cache.
+            await self._exact("an engine that was restarted", replay.round(new), surprises=1)
+
+    async def _followed(self, proxy: Gateway) -> None:
+        """Await that the gateway knows both caches from their events."""
+        started_s, followed = time.monotonic(), False
+        while not followed and time.monotonic() - started_s < FOLLOWED_WITHIN_S:
+            replicas = (await proxy.status())["replicas"].values()
+            followed = all(replica["cache"]["source"] == "kv-events" for replica in replicas)
+            await asyncio.sleep(0.05)
+        figure = f"after {time.monotonic() - started_s:.1f} s" if followed else "not in time"
+        self.rows.append(Check("with KV events, a gateway that starts late knows the caches", figure, followed))
+
+    async def _exact(self, name: str, turns: Awaitable[list[Asked]], surprises: int = 0) -> None:
+        asked = await turns
+        self._note(f"told: {name}", asked)
+        self.rows.append(checks.exact(asked, name, surprises))
 
 
 async def run(python: Path, folder: Path, seed: int) -> Run:
@@ -111,7 +152,7 @@ async def run(python: Path, folder: Path, seed: int) -> Run:
     async with asyncio.timeout(TIME_LIMIT_S), engines(python, model, folder) as running:
         found = Run(running, model, folder, seed)
         await found.sized()
-        await found.oversized()
+        await found.told(*await found.oversized())
         return found
 
 
