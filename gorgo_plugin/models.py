@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gorgo_plugin.decision import Prompt
-from gorgo_plugin.prefix import Answer, Credit, PrefixIndex, block_hasher
+from gorgo_plugin.prefix import Answer, AnswerIndex, Credit, block_hasher
 from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals import Flight, RateTable
 from gorgo_plugin.signals.columns import FloatArray
@@ -55,7 +55,7 @@ class ModelState:
     def __init__(self, block_tokens: int, secret: bytes, prior: RateSettings) -> None:
         self.block_tokens = block_tokens
         self.hasher = block_hasher(block_tokens, secret)
-        self.index = PrefixIndex()
+        self.index = AnswerIndex()
         self.rates = RateTable(prior)
         self.scale = 1.0
         self._ratios: deque[float] = deque(maxlen=SCALE_WINDOW)
@@ -125,7 +125,7 @@ class ModelState:
 
     def credit(self, slot: int, hashes: bytes, found: Found) -> Credit:
         """Note that a prompt is about to be at a replica, and what it shows of the answers before it."""
-        return self.index.credit(slot, hashes, found.answers.values() if self.keeps_answers else ())
+        return self.index.credit_after(slot, hashes, found.answers.values() if self.keeps_answers else ())
 
     def answered(self, credit: Credit, rest: NDArray[np.uint32], output_tokens: float) -> None:
         """Note what an answer of `output_tokens` own tokens adds behind its prompt, whose last tokens are `rest`."""

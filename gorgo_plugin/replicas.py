@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from cachetools import LRUCache
 
+from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.settings import ReplicaSettings
 from gorgo_plugin.signals.columns import Rows
 
@@ -97,6 +98,20 @@ class Replicas:
         self._slot_of = slots
         self._candidates.clear()
         return removed
+
+    def candidates(self, model: str, names: Sequence[str] | None, exclude: Iterable[str]) -> Candidates:
+        """The replicas of these names, or that serve `model`, without the excluded ones.
+
+        Raises:
+            NoCandidates: nobody is left.
+        """
+        among = self.serving(model) if names is None else self.among(names)
+        excluded = {self._slot_of.get(name) for name in exclude}
+        if excluded:
+            among = self.at([slot for slot in among.slots if slot not in excluded])
+        if not among.slots:
+            raise NoCandidates(f"no replica may serve model '{model}': none is configured, or all are excluded")
+        return among
 
     def serving(self, model: str) -> Candidates:
         """The replicas that serve `model`, in the order of configuration."""

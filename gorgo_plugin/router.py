@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from gorgo_plugin.costs import CostTable
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.engine_caches import EngineCaches
-from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import POLICIES, View
 from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
@@ -29,6 +28,7 @@ from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
 from gorgo_plugin.state import State
+from gorgo_plugin.views import Views
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
 # refuses for its own sake (`invalid`) does not.
@@ -71,10 +71,10 @@ class Router:
         self.builder = PromptBuilder(settings, secret=self._secret)
         self._lock = threading.RLock()
         self._policy = POLICIES[settings.policy]
-        self._weights = settings.weight_pair()
         self._latency = LatencyTable(settings.probe)
         self._flights = Flights()
         self._gauges = GaugeTable()
+        self._views = Views(self._latency, self._flights, self._gauges, settings.weight_pair())
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
         self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
@@ -127,9 +127,9 @@ class Router:
             attempts = self._attempts.get(request_id, []) if request_id is not None else []
             if attempts:
                 self._release(attempts[-1][0], now, answered=False)
-            among = self._candidates(prompt, candidates, exclude)
+            among = self._replicas.candidates(prompt.model, candidates, exclude)
             found = self.engine_caches.look_up(prompt, model, hashes)
-            view = self._view(prompt, model, found, among, now, self._rng)
+            view = self._views.view(prompt, model, found, among, now, self._rng)
             choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
             flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
@@ -149,11 +149,11 @@ class Router:
         hashes = model.hashes(prompt)
         with self._lock:
             now = self._clock()
-            among = self._candidates(prompt, candidates, exclude)
+            among = self._replicas.candidates(prompt.model, candidates, exclude)
             rng = random.Random()
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
             found = self.engine_caches.look_up(prompt, model, hashes)
-            view = self._view(prompt, model, found, among, now, rng)
+            view = self._views.view(prompt, model, found, among, now, rng)
             choice = pick(self._policy, view, self._tiers(among, (), now), rng)
             return self._decision("", 0, among.slots[choice.row], view, choice, prompt)
 
@@ -342,7 +342,7 @@ class Router:
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
-            self._policy, self._weights = POLICIES[settings.policy], settings.weight_pair()
+            self._policy, self._views.weights = POLICIES[settings.policy], settings.weight_pair()
             self._latency.settings, self._health.settings = settings.probe, settings.health
             if settings.flight_ttl_s != old.flight_ttl_s:
                 self._attempts = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, self._clock)
@@ -371,7 +371,7 @@ class Router:
             return {
                 "version": 1,
                 "policy": self._policy.name,
-                "weights": {"rtt": self._weights[0], "queue": self._weights[1]},
+                "weights": dict(zip(("rtt", "queue"), self._views.weights, strict=True)),
                 **self._state.describe(now),
                 "counters": dict(self._counters),
             }
@@ -392,45 +392,6 @@ class Router:
 
     def _block_tokens(self, model: str) -> int:
         return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
-
-    def _candidates(self, prompt: Prompt, candidates: Sequence[str] | None, exclude: Iterable[str]) -> Candidates:
-        replicas = self._replicas
-        among = replicas.serving(prompt.model) if candidates is None else replicas.among(candidates)
-        excluded = {replicas.slot(name) for name in exclude}
-        if excluded:
-            among = replicas.at([slot for slot in among.slots if slot not in excluded])
-        if not among.slots:
-            raise NoCandidates(f"no replica may serve model '{prompt.model}': none is configured, or all are excluded")
-        return among
-
-    def _view(
-        self, prompt: Prompt, model: ModelState, found: Found, among: Candidates, now: float, rng: random.Random
-    ) -> View:
-        flights, rows = self._flights, among.rows
-        flights.release_unstreamed(now)
-        scale = model.scale_of(prompt)
-        tokens = len(prompt) * scale
-        cached = model.cached_tokens(found, len(prompt), scale)[rows]
-        uncached = tokens - cached
-        ms_per_token = model.rates.ms_per_token(rows)
-        network_ms, doubt_ms = self._latency.price_ms(rows, now)
-        prefill_ms = ms_per_token * uncached
-        prefill_ms += model.rates.overhead_ms(rows)
-        return View(
-            names=among.names,
-            network_ms=network_ms,
-            doubt_ms=doubt_ms,
-            queue_ms=flights.backlog_ms(rows, ms_per_token, now),
-            prefill_ms=prefill_ms,
-            cached_tokens=cached,
-            uncached_tokens=uncached,
-            prompt_tokens=tokens,
-            load=lambda name: flights.column(name, rows),
-            gauge=lambda name: self._gauges.column(name, rows),
-            affinity=prompt.affinity,
-            weights=self._weights,
-            rng=rng,
-        )
 
     def _tiers(self, among: Candidates, attempts: Sequence[tuple[int, int]], now: float) -> list[int] | None:
         """Per candidate, as `pick` takes them."""

@@ -8,7 +8,7 @@ capacity in blocks and forgets as engines do: least recently used first, the tai
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,39 +29,19 @@ RETIRED_BLOCKS_PER_CREDIT = 4096
 MAX_EVICTIONS = 1024
 
 
-class _Node:
+class Node:
+    """A part of a path: what `edge` holds, `HASH_BYTES` a block, behind what the nodes above hold."""
+
     __slots__ = ("children", "edge", "holding_children", "mask", "parent", "queued", "used")
 
-    def __init__(self, edge: bytes, parent: _Node | None) -> None:
+    def __init__(self, edge: bytes, parent: Node | None) -> None:
         self.edge = edge
         self.parent = parent
-        self.children: dict[bytes, _Node] = {}
+        self.children: dict[bytes, Node] = {}
         self.mask = 0  # bit set: that replica holds every block of the edge, and of every edge above
         self.queued = 0  # bit set: that replica's eviction heap has an entry for this node
         self.used: dict[int, int] = {}  # bit -> tick of last use
         self.holding_children: dict[int, int] = {}  # bit -> how many children that replica holds
-
-
-class Answer(_Node):
-    """The blocks of an answer, which follow a prompt's in the cache but whose tokens this side never sees.
-
-    A child of the prompt's last node under a made-up key, so that it ages, takes room and is evicted like any other,
-    until a prompt that goes on from there shows what its blocks are.
-    """
-
-    __slots__ = ("bit", "key", "tail", "tail_tokens")
-
-    def __init__(self, edge: bytes, parent: _Node, bit: int, tail: bytes, tail_tokens: int) -> None:
-        super().__init__(edge, parent)
-        self.bit = bit
-        self.key = (0, b"")
-        self.tail = tail
-        self.tail_tokens = tail_tokens
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of it that are left."""
-        return len(self.edge) // HASH_BYTES
 
 
 @dataclass(slots=True, eq=False)
@@ -85,9 +65,9 @@ class Credit:
     replica: int
     bit: int
     tick: int
-    leaf: _Node
+    leaf: Node
     blocks: int
-    boundary: _Node
+    boundary: Node
     extended_blocks: int
     had_blocks: int
     age: int
@@ -98,7 +78,7 @@ class PrefixIndex:
     """Blocks held per replica. Replicas are small integers; not thread-safe (the router's lock covers it)."""
 
     def __init__(self) -> None:
-        self._root = _Node(b"", None)
+        self._root = Node(b"", None)
         self._tick = 0
         self._bit_of: dict[int, int] = {}
         self._owner: dict[int, int] = {}  # bit -> replica
@@ -107,12 +87,11 @@ class PrefixIndex:
         self._retired: list[int] = []
         self._capacity: dict[int, int] = {}  # replica -> blocks
         self._held: dict[int, int] = {}  # bit -> blocks
-        self._heaps: dict[int, list[tuple[int, int, _Node]]] = {}
+        self._heaps: dict[int, list[tuple[int, int, Node]]] = {}
         self._evicted: dict[int, int] = {}  # bit -> blocks evicted so far
         self._evictions: dict[int, FIFOCache[bytes, int]] = {}  # bit -> first hash evicted -> `_evicted` before
         self._pushes = 0  # breaks ties between heap entries of one tick; later pushes are nearer the root
         self._next_bit = 0
-        self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
 
     def set_capacity(self, replica: int, blocks: int) -> None:
         """Let `replica` hold at most `blocks` blocks; what is over leaves at once."""
@@ -172,7 +151,7 @@ class PrefixIndex:
                 stopped.append((alive & ~here, depth))
             if child is None or not here:
                 return stopped
-            common = _common_blocks(child.edge, hashes, position, end)
+            common = common_blocks(child.edge, hashes, position, end)
             alive, node = here, child
             depth += common
             position += common * HASH_BYTES
@@ -181,15 +160,10 @@ class PrefixIndex:
         stopped.append((alive, depth))
         return stopped
 
-    def credit(self, replica: int, hashes: bytes, shown: Iterable[Answer] = ()) -> Credit:
-        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full.
-
-        `shown` are the answers that `hashes` goes on from (`answers_before`), wherever they were given.
-        """
+    def credit(self, replica: int, hashes: bytes) -> Credit:
+        """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
         bit = self._bit_of[replica]
         self._clean_retired()
-        for answer in shown:
-            self._show(answer, hashes)
         self._tick += 1
         flag = 1 << bit
         node = boundary = self._root
@@ -208,8 +182,8 @@ class PrefixIndex:
                 self._held[bit] += extended
                 break
             if child is None:
-                child = node.children[first] = _Node(hashes[position:end], node)
-            common = _common_blocks(child.edge, hashes, position, end)
+                child = node.children[first] = Node(hashes[position:end], node)
+            common = common_blocks(child.edge, hashes, position, end)
             if common * HASH_BYTES < len(child.edge):
                 child = self._split(child, common)
             position += common * HASH_BYTES
@@ -251,7 +225,7 @@ class PrefixIndex:
         """Whether the replica is still the one that was credited, not forgotten since and not of another index."""
         return credit.index is self and self._bit_of.get(credit.replica) == credit.bit
 
-    def _used_since(self, node: _Node, credit: Credit) -> bool:
+    def _used_since(self, node: Node, credit: Credit) -> bool:
         return node.used[credit.bit] != credit.tick or bool(node.holding_children.get(credit.bit))
 
     def correct(self, credit: Credit, cached_blocks: int) -> int:
@@ -289,95 +263,13 @@ class PrefixIndex:
         evicted_before = self._evictions[credit.bit].get(hashes[start : start + HASH_BYTES])
         return 0 if evicted_before is None else max(credit.age - evicted_before, 0)
 
-    # The end of a request, and its answer
-
     def ended(self, credit: Credit) -> None:
         """The request is over: engines let its blocks age from here on, not from its dispatch."""
         if self._stands(credit):
             self._tick += 1
-            for node in _upwards(credit.leaf):
+            for node in upwards(credit.leaf):
                 if credit.bit in node.used:
                     node.used[credit.bit] = self._tick
-
-    def answered(self, credit: Credit, blocks: int, tail: bytes, tail_tokens: int) -> None:
-        """Behind the path of `credit` the replica holds `blocks` more: the prompt's rest and its answer.
-
-        Args:
-            credit: of the request that was answered.
-            blocks: full blocks beyond those of the path.
-            tail: hash of the prompt's tokens behind its last full block, `tail_tokens` of them.
-        """
-        leaf, bit = credit.leaf, credit.bit
-        if blocks < 1 or not self._stands(credit) or not leaf.mask >> bit & 1:
-            return
-        if credit.blocks == 0 or sum(len(node.edge) for node in _upwards(leaf)) != credit.blocks * HASH_BYTES:
-            return  # another prompt has gone on from here meanwhile
-        self._pushes += 1
-        first = (~self._pushes).to_bytes(HASH_BYTES, "big", signed=True)
-        answer = Answer(first + bytes((blocks - 1) * HASH_BYTES), leaf, bit, tail, tail_tokens)
-        answer.key = credit.blocks, leaf.edge[-HASH_BYTES:]
-        leaf.children[first] = answer
-        self._hold(answer, bit)
-        answer.used[bit] = leaf.used[bit]
-        self._answers.setdefault(answer.key, []).append(answer)
-        self._queue_if_leaf(answer, bit)
-        self._evict_to_capacity(credit.replica)
-
-    def answers_before(
-        self, hashes: bytes, walk: Sequence[tuple[int, int]], tail: Callable[[int, int], bytes]
-    ) -> dict[int, Answer]:
-        """The answers that a prompt goes on from, by the replica that gave them.
-
-        Args:
-            hashes: of the prompt.
-            walk: what `walk` found.
-            tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
-        """
-        found: dict[int, Answer] = {}
-        for mask, depth in walk if self._answers else ():
-            end = depth * HASH_BYTES
-            if end == len(hashes):
-                continue  # it ends there: the same prompt again
-            for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), ()):
-                replica = self._owner.get(answer.bit)
-                if (
-                    replica is not None
-                    and mask >> answer.bit & 1
-                    and tail(depth, answer.tail_tokens) == answer.tail
-                    and _leads_to(answer.parent, hashes[:end])
-                ):
-                    found[replica] = answer
-        return found
-
-    def _show(self, answer: Answer, hashes: bytes) -> None:
-        """Give an answer's blocks the hashes that the prompt behind it shows them to have."""
-        node, bit = answer.parent, answer.bit
-        assert node is not None
-        start, tick = answer.key[0] * HASH_BYTES, answer.used[bit]
-        end = min(start + len(answer.edge), len(hashes))
-        self._release(answer, bit)
-        if start >= end:
-            return
-        child = node.children.get(hashes[start : start + HASH_BYTES])
-        if child is None and node.mask == 1 << bit and not node.children:
-            node.edge += hashes[start:end]
-            self._held[bit] += (end - start) // HASH_BYTES
-            return
-        if child is None:
-            child = node.children[hashes[start : start + HASH_BYTES]] = _Node(hashes[start:end], node)
-        common = _common_blocks(child.edge, hashes, start, end)
-        if common * HASH_BYTES < len(child.edge):
-            child = self._split(child, common)
-        if not child.mask >> bit & 1:
-            self._hold(child, bit)
-            child.used[bit] = tick
-            self._queue_if_leaf(child, bit)
-
-    def _drop_answer(self, answer: Answer) -> None:
-        siblings = self._answers[answer.key]
-        siblings.remove(answer)
-        if not siblings:
-            del self._answers[answer.key]
 
     def forget(self, replica: int) -> None:
         """Drop all credit of `replica` at once; its nodes are cleaned away by later credits."""
@@ -413,12 +305,12 @@ class PrefixIndex:
         self._evicted[bit] = 0
         self._evictions[bit] = FIFOCache(MAX_EVICTIONS)
 
-    def _split(self, node: _Node, blocks: int) -> _Node:
+    def _split(self, node: Node, blocks: int) -> Node:
         """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
         parent = node.parent
         assert parent is not None
         cut = blocks * HASH_BYTES
-        upper = _Node(node.edge[:cut], parent)
+        upper = Node(node.edge[:cut], parent)
         upper.mask = node.mask
         upper.used = dict(node.used)
         upper.holding_children = dict.fromkeys(node.used, 1)
@@ -428,14 +320,14 @@ class PrefixIndex:
         upper.children[node.edge[:HASH_BYTES]] = node
         return upper
 
-    def _hold(self, node: _Node, bit: int) -> None:
+    def _hold(self, node: Node, bit: int) -> None:
         node.mask |= 1 << bit
         self._held[bit] += len(node.edge) // HASH_BYTES
         parent = node.parent
         assert parent is not None
         parent.holding_children[bit] = parent.holding_children.get(bit, 0) + 1
 
-    def _release(self, node: _Node, bit: int) -> None:
+    def _release(self, node: Node, bit: int) -> None:
         """Drop `bit` from a node none of whose children it holds, and the node itself when nobody holds it."""
         node.mask &= ~(1 << bit)
         del node.used[bit]
@@ -451,10 +343,12 @@ class PrefixIndex:
                 self._queue_if_leaf(parent, bit)
         if not node.mask:
             del parent.children[node.edge[:HASH_BYTES]]
-            if isinstance(node, Answer):
-                self._drop_answer(node)
+            self._gone(node)
 
-    def _queue_if_leaf(self, node: _Node, bit: int) -> None:
+    def _gone(self, node: Node) -> None:
+        """A node was taken out of the trie."""
+
+    def _queue_if_leaf(self, node: Node, bit: int) -> None:
         flag = 1 << bit
         if node.queued & flag or node.holding_children.get(bit):
             return
@@ -481,7 +375,7 @@ class PrefixIndex:
         self._evictions[bit][node.edge[kept : kept + HASH_BYTES]] = self._evicted[bit]
         self._evicted[bit] += self._drop_tail(node, bit, most_blocks)
 
-    def _drop_tail(self, node: _Node, bit: int, most_blocks: int) -> int:
+    def _drop_tail(self, node: Node, bit: int, most_blocks: int) -> int:
         """Take up to `most_blocks` of a leaf's tail from a replica; returns how many it had."""
         blocks = len(node.edge) // HASH_BYTES
         if blocks <= most_blocks:
@@ -510,23 +404,12 @@ class PrefixIndex:
             self._free_bits.append(bit)
 
 
-def _upwards(node: _Node) -> Iterator[_Node]:
+def upwards(node: Node) -> Iterator[Node]:
     """The node and those above it, without the root."""
-    above: _Node | None = node
+    above: Node | None = node
     while above is not None and above.parent is not None:
         yield above
         above = above.parent
-
-
-def _leads_to(node: _Node | None, hashes: bytes) -> bool:
-    """Whether the path from the root to the end of `node` is `hashes`."""
-    end = len(hashes)
-    for above in _upwards(node) if node is not None else ():
-        start = end - len(above.edge)
-        if start < 0 or hashes[start:end] != above.edge:
-            return False
-        end = start
-    return end == 0
 
 
 def _bits(mask: int) -> Iterator[int]:
@@ -537,7 +420,7 @@ def _bits(mask: int) -> Iterator[int]:
         yield low.bit_length() - 1
 
 
-def _common_blocks(edge: bytes, hashes: bytes, position: int, end: int) -> int:
+def common_blocks(edge: bytes, hashes: bytes, position: int, end: int) -> int:
     """How many leading blocks `edge` shares with `hashes[position:end]`, by bisection over memcmp."""
     limit = end - position
     if len(edge) <= limit and hashes.startswith(edge, position):

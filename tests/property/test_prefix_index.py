@@ -7,7 +7,7 @@ from collections import OrderedDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgo_plugin.prefix import HASH_BYTES, PrefixIndex
+from gorgo_plugin.prefix import HASH_BYTES, AnswerIndex
 
 
 def path(*blocks: int) -> bytes:
@@ -46,8 +46,8 @@ paths = st.lists(st.integers(0, 2), max_size=8).map(lambda blocks: path(*blocks)
 credits = st.lists(st.tuples(st.integers(0, 2), paths), max_size=40)
 
 
-def index_of(capacities: dict[int, int]) -> PrefixIndex:
-    index = PrefixIndex()
+def index_of(capacities: dict[int, int]) -> AnswerIndex:
+    index = AnswerIndex()
     for replica, blocks in capacities.items():
         index.set_capacity(replica, blocks)
     return index
@@ -101,7 +101,7 @@ def test_books_balance_whatever_happens(steps: list[tuple[str, int, bytes]]) -> 
     for action, number, hashes in steps:
         if action == "credit":
             answers = index.answers_before(hashes, index.walk(hashes), lambda blocks, tokens: b"")
-            given_credits.append(index.credit(number, hashes, answers.values()))
+            given_credits.append(index.credit_after(number, hashes, answers.values()))
         elif action == "forget":
             index.forget(number)
             assert index.held_blocks(number) == 0
@@ -119,7 +119,7 @@ def test_books_balance_whatever_happens(steps: list[tuple[str, int, bytes]]) -> 
             assert index.held_blocks(replica) == blocks_in_tree(index, replica)
 
 
-def blocks_in_tree(index: PrefixIndex, replica: int) -> int:
+def blocks_in_tree(index: AnswerIndex, replica: int) -> int:
     """Counted by walking the tree; checks on the way that what a replica holds hangs together."""
     bit = index._bit_of[replica]
     total, stack = 0, [index._root]

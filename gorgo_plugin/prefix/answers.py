@@ -1,0 +1,141 @@
+"""Answers in the prefix index: blocks that an engine holds behind a prompt, whose tokens this side never sees.
+
+After an answer an engine has cached it as well, and the next turn of the conversation finds it there. How long it is,
+its usage tells; what it holds, the next prompt shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from gorgo_plugin.prefix.blocks import HASH_BYTES
+from gorgo_plugin.prefix.index import Credit, Node, PrefixIndex, common_blocks, upwards
+
+
+class Answer(Node):
+    """The blocks of an answer, which follow a prompt's in the cache but whose tokens this side never sees.
+
+    A child of the prompt's last node under a made-up key, so that it ages, takes room and is evicted like any other,
+    until a prompt that goes on from there shows what its blocks are.
+    """
+
+    __slots__ = ("bit", "key", "tail", "tail_tokens")
+
+    def __init__(self, edge: bytes, parent: Node, bit: int, tail: bytes, tail_tokens: int) -> None:
+        super().__init__(edge, parent)
+        self.bit = bit
+        self.key = (0, b"")
+        self.tail = tail
+        self.tail_tokens = tail_tokens
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of it that are left."""
+        return len(self.edge) // HASH_BYTES
+
+
+class AnswerIndex(PrefixIndex):
+    """A prefix index that also knows which answers each replica gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
+
+    def credit_after(self, replica: int, hashes: bytes, answers: Iterable[Answer]) -> Credit:
+        """`credit`, of a prompt that goes on from these answers (`answers_before`), wherever they were given."""
+        for answer in answers:
+            self._show(answer, hashes)
+        return self.credit(replica, hashes)
+
+    def answered(self, credit: Credit, blocks: int, tail: bytes, tail_tokens: int) -> None:
+        """Behind the path of `credit` the replica holds `blocks` more: the prompt's rest and its answer.
+
+        Args:
+            credit: of the request that was answered.
+            blocks: full blocks beyond those of the path.
+            tail: hash of the prompt's tokens behind its last full block, `tail_tokens` of them.
+        """
+        leaf, bit = credit.leaf, credit.bit
+        if blocks < 1 or not self._stands(credit) or not leaf.mask >> bit & 1:
+            return
+        if credit.blocks == 0 or sum(len(node.edge) for node in upwards(leaf)) != credit.blocks * HASH_BYTES:
+            return  # another prompt has gone on from here meanwhile
+        self._pushes += 1
+        first = (~self._pushes).to_bytes(HASH_BYTES, "big", signed=True)
+        answer = Answer(first + bytes((blocks - 1) * HASH_BYTES), leaf, bit, tail, tail_tokens)
+        answer.key = credit.blocks, leaf.edge[-HASH_BYTES:]
+        leaf.children[first] = answer
+        self._hold(answer, bit)
+        answer.used[bit] = leaf.used[bit]
+        self._answers.setdefault(answer.key, []).append(answer)
+        self._queue_if_leaf(answer, bit)
+        self._evict_to_capacity(credit.replica)
+
+    def answers_before(
+        self, hashes: bytes, walk: Sequence[tuple[int, int]], tail: Callable[[int, int], bytes]
+    ) -> dict[int, Answer]:
+        """The answers that a prompt goes on from, by the replica that gave them.
+
+        Args:
+            hashes: of the prompt.
+            walk: what `walk` found.
+            tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
+        """
+        found: dict[int, Answer] = {}
+        for mask, depth in walk if self._answers else ():
+            end = depth * HASH_BYTES
+            if end == len(hashes):
+                continue  # it ends there: the same prompt again
+            for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), ()):
+                replica = self._owner.get(answer.bit)
+                if (
+                    replica is not None
+                    and mask >> answer.bit & 1
+                    and tail(depth, answer.tail_tokens) == answer.tail
+                    and _leads_to(answer.parent, hashes[:end])
+                ):
+                    found[replica] = answer
+        return found
+
+    def _show(self, answer: Answer, hashes: bytes) -> None:
+        """Give an answer's blocks the hashes that the prompt behind it shows them to have."""
+        node, bit = answer.parent, answer.bit
+        assert node is not None
+        start, tick = answer.key[0] * HASH_BYTES, answer.used[bit]
+        end = min(start + len(answer.edge), len(hashes))
+        self._release(answer, bit)
+        if start >= end:
+            return
+        child = node.children.get(hashes[start : start + HASH_BYTES])
+        if child is None and node.mask == 1 << bit and not node.children:
+            node.edge += hashes[start:end]
+            self._held[bit] += (end - start) // HASH_BYTES
+            return
+        if child is None:
+            child = node.children[hashes[start : start + HASH_BYTES]] = Node(hashes[start:end], node)
+        common = common_blocks(child.edge, hashes, start, end)
+        if common * HASH_BYTES < len(child.edge):
+            child = self._split(child, common)
+        if not child.mask >> bit & 1:
+            self._hold(child, bit)
+            child.used[bit] = tick
+            self._queue_if_leaf(child, bit)
+
+    def _gone(self, node: Node) -> None:
+        if not isinstance(node, Answer):
+            return
+        siblings = self._answers[node.key]
+        siblings.remove(node)
+        if not siblings:
+            del self._answers[node.key]
+
+
+def _leads_to(node: Node | None, hashes: bytes) -> bool:
+    """Whether the path from the root to the end of `node` is `hashes`."""
+    end = len(hashes)
+    for above in upwards(node) if node is not None else ():
+        start = end - len(above.edge)
+        if start < 0 or hashes[start:end] != above.edge:
+            return False
+        end = start
+    return end == 0

@@ -1,0 +1,52 @@
+"""What a policy sees of the candidates, worked out from what is known of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from gorgo_plugin.decision import Prompt
+from gorgo_plugin.models import Found, ModelState
+from gorgo_plugin.policies import View
+from gorgo_plugin.replicas import Candidates
+from gorgo_plugin.signals import Flights, GaugeTable, LatencyTable
+
+
+@dataclass(slots=True)
+class Views:
+    """The tables that views are made from, and the weights that go with them: (W_rtt, W_queue)."""
+
+    latency: LatencyTable
+    flights: Flights
+    gauges: GaugeTable
+    weights: tuple[float, float]
+
+    def view(
+        self, prompt: Prompt, model: ModelState, found: Found, among: Candidates, now: float, rng: random.Random
+    ) -> View:
+        """The candidates as they are `now`, for a prompt of which `found` is cached."""
+        flights, gauges, rows = self.flights, self.gauges, among.rows
+        flights.release_unstreamed(now)
+        scale = model.scale_of(prompt)
+        tokens = len(prompt) * scale
+        cached = model.cached_tokens(found, len(prompt), scale)[rows]
+        uncached = tokens - cached
+        ms_per_token = model.rates.ms_per_token(rows)
+        network_ms, doubt_ms = self.latency.price_ms(rows, now)
+        prefill_ms = ms_per_token * uncached
+        prefill_ms += model.rates.overhead_ms(rows)
+        return View(
+            names=among.names,
+            network_ms=network_ms,
+            doubt_ms=doubt_ms,
+            queue_ms=flights.backlog_ms(rows, ms_per_token, now),
+            prefill_ms=prefill_ms,
+            cached_tokens=cached,
+            uncached_tokens=uncached,
+            prompt_tokens=tokens,
+            load=lambda name: flights.column(name, rows),
+            gauge=lambda name: gauges.column(name, rows),
+            affinity=prompt.affinity,
+            weights=self.weights,
+            rng=rng,
+        )
