@@ -182,7 +182,7 @@ class ModelState:
         if flight.answer_blocks > 1:  # a shortfall of these alone may be the template's doing, and evicts nothing
             self._answers_kept.append(reported_blocks - path > flight.answer_blocks // 2)
         elif reported_blocks - path > tolerated:
-            needed = self.index.would_keep(credit, flight.hashes)
+            needed = self.index.would_keep(credit)
             if needed > self.index.capacity(credit.replica):
                 self._resize(credit.replica, needed)
 

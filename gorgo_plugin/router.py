@@ -464,8 +464,7 @@ class Router:
         assert flight is not None
         if answered:
             self.engine_caches.answered(flight)
-        if flight.usage_seen:
-            flight.hashes = b""  # of a long prompt a megabyte, and needed no more
+        flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:

@@ -173,8 +173,8 @@ class PrepareSettings(_Schema):
     """How request bodies become token ids."""
 
     encoder: Literal["fastest", "tokenizers"] = "fastest"
-    """fastest: tiktoken where it is installed and gives a tokenizer's own ids, which is tried at start; else, or with
-    `tokenizers`, that library alone."""
+    """fastest: tiktoken where it gives a tokenizer's own ids, which is tried at start; else, or with `tokenizers`, that
+    library alone."""
     inline_chars: Annotated[int, Field(ge=0)] = 4096
     """Unseen characters tokenized on the event loop (0.4 ms with tiktoken, 3 without); more go to a thread."""
     threads: Annotated[int, Field(ge=1, le=64)] = 2

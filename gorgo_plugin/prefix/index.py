@@ -57,6 +57,7 @@ class Credit:
         boundary: the last node that was held before; what lies between it and `leaf` is new.
         extended_blocks: blocks appended to the edge of `boundary` itself.
         had_blocks: blocks of the prompt that were believed cached before.
+        missing: hash of the first block that was not; empty when all were.
         age: the replica's capacity and the blocks it had evicted, added up; see `would_keep`.
         stamps: (end block, tick of last use before this credit) of each part that was believed cached.
     """
@@ -70,6 +71,7 @@ class Credit:
     boundary: Node
     extended_blocks: int
     had_blocks: int
+    missing: bytes
     age: int
     stamps: tuple[tuple[int, int], ...]
 
@@ -201,8 +203,21 @@ class PrefixIndex:
         had = stamps[-1][0] if stamps else 0
         if len(stamps) > MAX_STAMPS:  # some parts as one, used when the last of them was
             stamps = stamps[:: -(len(stamps) // MAX_STAMPS + 1)][::-1]
-        blocks = end // HASH_BYTES
-        return Credit(self, replica, bit, self._tick, node, blocks, boundary, extended, had, age, tuple(stamps))
+        missing = hashes[had * HASH_BYTES : (had + 1) * HASH_BYTES]
+        return Credit(
+            self,
+            replica,
+            bit,
+            self._tick,
+            node,
+            end // HASH_BYTES,
+            boundary,
+            extended,
+            had,
+            missing,
+            age,
+            tuple(stamps),
+        )
 
     def revoke(self, credit: Credit) -> None:
         """Take back what `credit` added, except what a later use has confirmed."""
@@ -252,15 +267,14 @@ class PrefixIndex:
             self._evict_one(bit, before, tick)
         return before - self._held[bit]
 
-    def would_keep(self, credit: Credit, hashes: bytes) -> int:
+    def would_keep(self, credit: Credit) -> int:
         """Least capacity in blocks with which the first block that was missing would not have been evicted.
 
-        0 when it was not evicted lately. `hashes` are those that `credit` was given for.
+        0 when it was not evicted lately.
         """
-        start = credit.had_blocks * HASH_BYTES
-        if not self._stands(credit) or start >= len(hashes):
+        if not self._stands(credit):
             return 0
-        evicted_before = self._evictions[credit.bit].get(hashes[start : start + HASH_BYTES])
+        evicted_before = self._evictions[credit.bit].get(credit.missing)
         return 0 if evicted_before is None else max(credit.age - evicted_before, 0)
 
     def ended(self, credit: Credit) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
+import tiktoken
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -29,8 +30,6 @@ from tokenizers import Tokenizer
 Ids = NDArray[np.uint32]
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
-# 0.12 takes quadratic time on a long word, and before it a pattern that exceeds its limits ends in a panic.
-OLDEST_TIKTOKEN = (0, 13)
 GPT2_SPLITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of `ByteLevel` itself
 KINDS_BELOW = 0x32000  # code points above are private, or variants of those below
 TEXTS_OF_ENTRIES = 200
@@ -56,9 +55,8 @@ class ByteLevelEncoder:
         """Build tiktoken's tables and try them against `tokenizer`.
 
         Raises:
-            NotTheSame: tiktoken is missing or too old, has no counterpart for a part of the tokenizer, or differs.
+            NotTheSame: tiktoken has no counterpart for a part of the tokenizer, or differs.
         """
-        tiktoken = _tiktoken()
         self.name = f"tiktoken {tiktoken.__version__}"
         parts = msgspec.json.decode(tokenizer.to_str())
         self._form = _normal_form(parts["normalizer"])
@@ -138,17 +136,6 @@ def encoder_for(tokenizer: Tokenizer) -> ByteLevelEncoder:
     if isinstance(found, NotTheSame):
         raise NotTheSame(str(found))
     return found
-
-
-def _tiktoken() -> Any:
-    try:
-        import tiktoken
-    except ImportError:
-        raise NotTheSame("tiktoken is not installed") from None
-    release = tuple(int(part) for part in tiktoken.__version__.split(".")[:2])
-    if release < OLDEST_TIKTOKEN:
-        raise NotTheSame(f"tiktoken {tiktoken.__version__} is older than {'.'.join(map(str, OLDEST_TIKTOKEN))}")
-    return tiktoken
 
 
 def _normal_form(normalizer: Mapping[str, Any] | None) -> NormalForm | None:

@@ -22,14 +22,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from gorgo_plugin.prompt.byte_level import ByteLevelEncoder, NotTheSame, encoder_for
 from gorgo_plugin.prompt.cuts import cut_text
-from gorgo_plugin.prompt.words import Words
 
 Ids = NDArray[np.uint32]
 Spread = Callable[[Callable[[list[str]], list["Ids"]], Iterable[list[str]]], Iterable[list["Ids"]]]
 """Like `map`, of batches of texts; that of an executor tokenizes them at the same time."""
 
 ORDINARY_PROBED = 256  # ordinary added tokens tried next to a cut; some vocabularies hold thousands of unused ones
-SPECIALS_PROBED = 12  # those of turns are among the first; some vocabularies reserve hundreds
 BATCH_CHARS = 64 * 1024  # tokenized at a time: handing over the ids of so many holds the GIL for about 0.5 ms
 CHARS_PER_TOKEN = 4.0  # of English in the usual vocabularies, until text was tokenized
 COUNTED_TOKENS = 1000.0  # what that counts as
@@ -118,7 +116,7 @@ class Vocabulary:
             return [*chain.from_iterable(spread(self._encode_fast, _batches(texts)))]
         if sum(map(len, texts)) > SMALL_CHARS:
             return self._encode_batches(texts)
-        return [self._words.ids(text) for text in texts] if self.cuts_spaces else [*map(self._encode_one, texts)]
+        return [*map(self._encode_one, texts)]
 
     def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
         assert self._fast is not None
@@ -126,22 +124,6 @@ class Vocabulary:
             return batch
         found = map(self._fast.ids, texts)
         return [self._encode_batches([text])[0] if ids is None else ids for text, ids in zip(texts, found, strict=True)]
-
-    @cached_property
-    def _words(self) -> Words:
-        def encode(text: str) -> list[int]:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-            return ids
-
-        return Words(encode, self.cuts_lines, self._specials)
-
-    @cached_property
-    def _specials(self) -> tuple[str, ...]:
-        """Special tokens in front of which little text is cut: among them those that begin and end a turn."""
-        others = [token.content for token in self._added]
-        usable = [token.content for token in self._added if self._cuts_by_its_flags(token)]
-        apart = tuple(token for token in usable[:SPECIALS_PROBED] if _apart(token, others))
-        return apart if self.cuts_exactly(apart) else ()
 
     def _encode_one(self, text: str) -> Ids:
         return read_only(np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32))
@@ -215,14 +197,6 @@ class Vocabulary:
             "A's",
         ]
         probes = [[left, f" {right}"] for left in lefts for right in _WORD_BEGINNINGS]
-        return not across and self._pieces_match(probes)
-
-    @cached_property
-    def cuts_lines(self) -> bool:
-        """Whether text may also be cut between the end of a line and a letter, which the same pre-tokenizers allow."""
-        across = any(token.rstrip or re.search(r"\n([A-Za-z]|$)", token.content) for token in self._added)
-        lefts = ("\n", "\n\n", "\r\n", " \n", "\t\n", "x\n", "x \n\n", ".\n", "é\n", "1\n", "\n \n", "<|x|>\n")
-        probes = [[left, right] for left in lefts for right in _WORD_BEGINNINGS]
         return not across and self._pieces_match(probes)
 
     def _pieces_match(self, probes: Sequence[Sequence[str]]) -> bool:

@@ -109,10 +109,10 @@ def test_what_came_back_after_it_was_thought_evicted_tells_the_least_capacity() 
     for start in (10_000, 20_000):
         dispatch(state, 0, np.arange(start, start + 32, dtype=np.uint32))
     hashes = state.hasher.hashes(TURN)
-    assert state.index.would_keep(state.index.credit(0, hashes), hashes) == 6
+    assert state.index.would_keep(state.index.credit(0, hashes)) == 6
 
 
 def test_a_block_never_held_tells_nothing_of_the_capacity() -> None:
     state = model(blocks=4)
     hashes = state.hasher.hashes(TURN)
-    assert state.index.would_keep(state.index.credit(0, hashes), hashes) == 0
+    assert state.index.would_keep(state.index.credit(0, hashes)) == 0

@@ -3,7 +3,6 @@
 import inspect
 import json
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,6 @@ from gorgo_plugin.prompt.sources import embedded_tokenizer
 from gorgo_plugin.prompt.train_embedded import PIECES
 from gorgo_plugin.prompt.vocabulary import Vocabulary
 from tests import prompt_tokenizers as small
-
-pytest.importorskip("tiktoken")
 
 MADE: dict[str, Callable[[], Tokenizer]] = {
     "embedded": lambda: embedded_tokenizer().tokenizer,
@@ -182,15 +179,6 @@ def with_added(token: AddedToken) -> Tokenizer:
 def test_a_tokenizer_that_tiktoken_cannot_stand_in_for_is_refused(make: Callable[[], Tokenizer], reason: str) -> None:
     with pytest.raises(NotTheSame, match=reason):
         ByteLevelEncoder(make())
-
-
-def test_an_old_or_missing_tiktoken_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiktoken.__version__", "0.12.0")
-    with pytest.raises(NotTheSame, match=r"tiktoken 0\.12\.0 is older than 0\.13"):
-        ByteLevelEncoder(small.chatml())
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(NotTheSame, match="not installed"):
-        ByteLevelEncoder(small.chatml())
 
 
 def test_several_texts_in_one_call_are_kept_apart() -> None:
