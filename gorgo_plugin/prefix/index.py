@@ -123,17 +123,21 @@ class PrefixIndex:
     def spread(self, walk: Sequence[tuple[int, int]], replicas: int) -> NDArray[np.float64]:
         """What `walk` found, as an array of shape (replicas,)."""
         found, owner = np.zeros(replicas), self._owner
-        for mask, depth in walk:
-            if not mask & (mask - 1):  # one replica alone
-                bit = mask.bit_length() - 1
+        left = 0
+        for mask, _ in walk:
+            left |= mask
+        for mask, depth in walk:  # all that came so far; who came further is written over
+            if not left & (left - 1):  # one replica alone
+                bit = left.bit_length() - 1
                 if bit in owner:
                     found[owner[bit]] = depth
             else:
-                found[self._replicas_of(mask)] = depth
+                found[self._replicas_of(left)] = depth
+            left &= ~mask
         return found
 
     def _replicas_of(self, mask: int) -> NDArray[np.intp]:
-        """The replicas whose bits are set: mostly the same sets, those that hold a system prompt but for one or two."""
+        """The replicas whose bits are set: mostly the same sets, those that hold a system prompt."""
         replicas = self._replicas_by_mask.get(mask)
         if replicas is None:
             if len(self._replicas_by_mask) >= MAX_MASKS:
