@@ -53,15 +53,15 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
             raise PromptError(_NOT_IDS)
         given = given.astype(np.uint32)
     view = given.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 
 def _from_list(tokens: Sequence[Any]) -> NDArray[np.uint32]:
     # By way of `array`, which takes a quarter of the time of NumPy.
-    ids = array("I")
     try:
-        for start in range(0, len(tokens), LIST_AT_ONCE):
+        ids = array("I", tokens[:LIST_AT_ONCE] if len(tokens) > LIST_AT_ONCE else tokens)
+        for start in range(LIST_AT_ONCE, len(tokens), LIST_AT_ONCE):
             ids += array("I", tokens[start : start + LIST_AT_ONCE])
     except OverflowError as error:
         raise PromptError(_NOT_IDS) from error
@@ -69,7 +69,7 @@ def _from_list(tokens: Sequence[Any]) -> NDArray[np.uint32]:
         flat = not any(isinstance(token, list | tuple) for token in tokens)
         raise PromptError(_NOT_IDS if flat else "tokens: expected a flat sequence of token ids") from error
     made = np.frombuffer(ids, dtype=np.uint32) if ids else np.empty(0, dtype=np.uint32)
-    made.flags.writeable = False
+    made.setflags(write=False)
     return made
 
 

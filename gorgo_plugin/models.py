@@ -96,9 +96,9 @@ class ModelState:
 
     def look_up(self, tokens: NDArray[np.uint32], hashes: bytes, replicas: int) -> Found:
         """Find a prompt in the index: its tokens, shape (n,), and the hashes of its full blocks."""
-        walk = self.index.walk(hashes)
-        answers = self.index.answers_before(hashes, walk, partial(self.hasher.tail, tokens))
-        return Found(self.index.spread(walk, replicas), answers)
+        index, walk = self.index, self.index.walk(hashes)
+        answers = index.answers_before(hashes, walk, partial(self.hasher.tail, tokens)) if index.has_answers else {}
+        return Found(index.spread(walk, replicas), answers)
 
     def cached_tokens(self, found: Found, own_tokens: int, scale: float) -> FloatArray:
         """Engine tokens that what each replica holds saves a prompt, shape (replicas,): never its last token.

@@ -106,8 +106,8 @@ class Replicas:
             NoCandidates: nobody is left.
         """
         among = self.serving(model) if names is None else self.among(names)
-        excluded = {self._slot_of.get(name) for name in exclude}
-        if excluded:
+        if exclude:
+            excluded = {self._slot_of.get(name) for name in exclude}
             among = self.at([slot for slot in among.slots if slot not in excluded])
         if not among.slots:
             raise NoCandidates(f"no replica may serve model '{model}': none is configured, or all are excluded")

@@ -87,6 +87,8 @@ def total_ms(
     weights: tuple[float, float], network_ms: Number, doubt_ms: Number, queue_ms: Number, prefill_ms: Number
 ) -> Number:
     """`W_rtt * (network + doubt) + W_queue * queue + prefill`: paper v2, eq. 3, every term in milliseconds."""
+    if weights == (1.0, 1.0):  # as it mostly is
+        return network_ms + doubt_ms + queue_ms + prefill_ms
     w_rtt, w_queue = weights
     return w_rtt * (network_ms + doubt_ms) + w_queue * queue_ms + prefill_ms
 

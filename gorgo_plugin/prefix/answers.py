@@ -41,6 +41,11 @@ class AnswerIndex(PrefixIndex):
         super().__init__()
         self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether there is any."""
+        return bool(self._answers)
+
     def credit_after(self, replica: int, hashes: bytes, answers: Iterable[Answer]) -> Credit:
         """`credit`, of a prompt that goes on from these answers (`answers_before`), wherever they were given."""
         for answer in answers:
@@ -82,7 +87,7 @@ class AnswerIndex(PrefixIndex):
             tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
         """
         found: dict[int, Answer] = {}
-        for mask, depth in walk if self._answers else ():
+        for mask, depth in walk:
             end = depth * HASH_BYTES
             if end == len(hashes):
                 continue  # it ends there: the same prompt again
