@@ -38,7 +38,7 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
     if isinstance(tokens, list | tuple):
         return _from_list(tokens)
     try:
-        given = np.asarray(tokens)
+        given = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
     except (TypeError, ValueError, OverflowError) as error:
         raise PromptError("tokens: expected a flat sequence of token ids") from error
     if given.ndim != 1:

@@ -32,6 +32,7 @@ from gorgo_plugin.fleet.bench_estimator_sides import (
 from gorgo_plugin.prefix import BlockHasher, PrefixIndex
 
 GROWTH_TURNS = 5  # in which each conversation of a filled index came to its length
+STRIDE = 5  # with which the conversations of one system prompt go around fleets of 3 and of 64 alike
 OURS, THEIRS = SIDES = ("ours", "theirs")
 
 
@@ -58,8 +59,8 @@ class Memory:
 
 
 def replica_of(number: int, replicas: int) -> int:
-    """Where conversation `number` is cached; every replica comes to hold several system prompts."""
-    return (number + number // SYSTEM_PROMPTS) % replicas
+    """Where conversation `number` is cached; every replica comes to hold several system prompts, each of them many."""
+    return (STRIDE * number + number // SYSTEM_PROMPTS) % replicas
 
 
 def prompts(cached_tokens: int, prompt_tokens: int, replicas: int, seed: int) -> Iterator[tuple[int, Ids]]:

@@ -49,16 +49,15 @@ def pick(policy: Policy, view: View, tiers: Sequence[int] | None, rng: random.Ra
     scores = policy.scores(view)
     if len(scores) == 1:
         return Choice(0, "only-candidate", scores, tiers)
-    eligible = scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)
-    best = int(eligible.argmin())
-    lowest = eligible.item(best)
-    near = eligible <= lowest + policy.tie_ms + policy.tie_share * abs(lowest)
-    tied = int(np.count_nonzero(near))
-    if tied > 1:
-        rows = sorted(np.flatnonzero(near).tolist(), key=scores.tolist().__getitem__)
-        best = rows[rng.randrange(tied)]
-    reason = "near-tie" if tied > 1 else policy.reason
-    return Choice(best, reason if tiers is None else _reason(scores, tiers, best, reason), scores, tiers)
+    # As a list: of so few numbers each array operation costs what a look at all of them does.
+    eligible: list[float] = (scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)).tolist()
+    lowest = min(eligible)
+    limit = lowest + policy.tie_ms + policy.tie_share * abs(lowest)
+    near = [row for row, score in enumerate(eligible) if score <= limit]
+    row, reason = near[0], policy.reason
+    if len(near) > 1:
+        row, reason = sorted(near, key=eligible.__getitem__)[rng.randrange(len(near))], "near-tie"
+    return Choice(row, reason if tiers is None else _reason(scores, tiers, row, reason), scores, tiers)
 
 
 def _reason(scores: FloatArray, tiers: Sequence[int], row: int, reason: str) -> str:

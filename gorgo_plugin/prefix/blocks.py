@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 HASH_BYTES = 8
-FEW_BLOCKS = 128
 MAX_HASHERS = 64  # block sizes and secrets in use at a time
 
 
@@ -19,7 +18,7 @@ class BlockHasher:
     """Multilinear hash of each full block of a prompt: `h = sum(key_i * token_i) mod 2**64` with secret odd keys.
 
     Two different blocks of token ids below 2**18 collide with a probability of about 2**-46. Blocks are not chained: in
-    the index the path is the context. One vectorised pass, about 17 us for 20,000 tokens.
+    the index the path is the context. One vectorised pass, about 20 us for 20,000 tokens.
     """
 
     def __init__(self, block_tokens: int, secret: bytes) -> None:
@@ -40,10 +39,7 @@ class BlockHasher:
         start, blocks = len(known) // HASH_BYTES, len(tokens) // self.block_tokens
         if blocks > start:
             full = tokens[start * self.block_tokens : blocks * self.block_tokens].reshape(-1, self.block_tokens)
-            # Of few blocks `@` is twice as fast; many it would copy, where einsum widens them in small buffers.
-            few = blocks - start <= FEW_BLOCKS
-            hashed = full.astype(np.uint64) @ self._keys if few else np.einsum("ij,j->i", full, self._keys)
-            known += hashed.tobytes()
+            known += np.vecdot(full, self._keys).tobytes()
         return self.salted(known, cache_key)
 
     def tail(self, tokens: NDArray[np.uint32], blocks: int, count: int) -> bytes:

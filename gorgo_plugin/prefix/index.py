@@ -149,21 +149,21 @@ class PrefixIndex:
     def walk(self, hashes: bytes) -> list[tuple[int, int]]:
         """(mask of replicas, leading blocks of `hashes` that they hold), the fewest blocks first."""
         stopped: list[tuple[int, int]] = []
-        node, alive, depth, position, end = self._root, -1, 0, 0, len(hashes)
+        children, alive, position, end = self._root.children, -1, 0, len(hashes)
         for _ in range(MAX_WALK_NODES):
-            child = node.children.get(hashes[position : position + HASH_BYTES])
-            here = alive & child.mask if child is not None and position < end else 0
-            if depth and alive & ~here:
-                stopped.append((alive & ~here, depth))
+            child = children.get(hashes[position : position + HASH_BYTES])
+            here = alive & child.mask if child is not None else 0
+            if here != alive and position:
+                stopped.append((alive & ~here, position // HASH_BYTES))
             if child is None or not here:
                 return stopped
-            common = common_blocks(child.edge, hashes, position, end)
-            alive, node = here, child
-            depth += common
-            position += common * HASH_BYTES
-            if common * HASH_BYTES < len(child.edge):
+            alive, edge = here, child.edge
+            if not hashes.startswith(edge, position):
+                position += common_blocks(edge, hashes, position, end) * HASH_BYTES
                 break
-        stopped.append((alive, depth))
+            position += len(edge)
+            children = child.children
+        stopped.append((alive, position // HASH_BYTES))
         return stopped
 
     def credit(self, replica: int, hashes: bytes) -> Credit:
