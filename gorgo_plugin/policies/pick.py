@@ -50,7 +50,9 @@ def pick(policy: Policy, view: View, tiers: Sequence[int] | None, rng: random.Ra
     if len(scores) == 1:
         return Choice(0, "only-candidate", scores, tiers)
     # As a list: of so few numbers each array operation costs what a look at all of them does.
-    eligible: list[float] = (scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)).tolist()
+    eligible: list[float] = (
+        scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)
+    ).tolist()
     lowest = min(eligible)
     limit = lowest + policy.tie_ms + policy.tie_share * abs(lowest)
     near = [row for row, score in enumerate(eligible) if score <= limit]
