@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from cachetools import LRUCache
 
 from gorgo_plugin.errors import NoCandidates
 from gorgo_plugin.settings import ReplicaSettings
@@ -53,7 +52,7 @@ class Replicas:
         self._slot_of: dict[str, int] = {}
         self.rows = 0
         self._free: list[int] = []
-        self._candidates: LRUCache[str | tuple[str, ...], Candidates] = LRUCache(MAX_CANDIDATES)
+        self._candidates: dict[str | tuple[str, ...], Candidates] = {}
 
     @property
     def slots(self) -> Sequence[int]:
@@ -118,7 +117,7 @@ class Replicas:
         known = self._candidates.get(model)
         if known is None:
             slots = [slot for slot in self._slot_of.values() if _serves(self._by_slot[slot], model)]
-            known = self._candidates[model] = self.at(slots)
+            known = self._keep(model, self.at(slots))
         return known
 
     def among(self, names: Sequence[str]) -> Candidates:
@@ -127,8 +126,14 @@ class Replicas:
         known = self._candidates.get(key)
         if known is None:
             slots = {slot: None for name in key if (slot := self._slot_of.get(name)) is not None}
-            known = self._candidates[key] = self.at(list(slots))
+            known = self._keep(key, self.at(list(slots)))
         return known
+
+    def _keep(self, key: str | tuple[str, ...], candidates: Candidates) -> Candidates:
+        if len(self._candidates) >= MAX_CANDIDATES:
+            self._candidates.clear()
+        self._candidates[key] = candidates
+        return candidates
 
     def at(self, slots: list[int]) -> Candidates:
         """The replicas in these slots."""

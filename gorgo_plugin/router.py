@@ -11,10 +11,11 @@ import itertools
 import random
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cachetools import LRUCache, TTLCache
+from cachetools import TTLCache
 from numpy.typing import NDArray
 
 from gorgo_plugin.costs import CostTable
@@ -78,7 +79,7 @@ class Router:
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
         self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
-        self._models: LRUCache[str, ModelState] = LRUCache(MAX_MODELS)
+        self._models: OrderedDict[str, ModelState] = OrderedDict()  # the least recently used first
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
@@ -383,11 +384,12 @@ class Router:
             model = self._models.get(name)
             if model is None:
                 if len(self._models) >= MAX_MODELS:
-                    self._replicas.drop_table(self._models.popitem()[1])
+                    self._replicas.drop_table(self._models.popitem(last=False)[1])
                 model = ModelState(self._block_tokens(name), self._secret, self.settings.rates)
                 self._replicas.add_table(model)
                 self.engine_caches.size(model)
                 self._models[name] = model
+            self._models.move_to_end(name)
             return model
 
     def _block_tokens(self, model: str) -> int:

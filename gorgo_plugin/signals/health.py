@@ -73,6 +73,8 @@ class HealthTable:
 
     def unavailable(self, now_s: float) -> list[int]:
         """Slots to leave out now."""
+        if not self._troubled:
+            return []
         return [slot for slot in self._troubled if not self._available(self._rows[slot], now_s)]
 
     def describe(self, slot: int, now_s: float) -> dict[str, float | bool | int]:

@@ -23,6 +23,17 @@ class LatencyTable(Table):
     def __init__(self, settings: ProbeSettings) -> None:
         super().__init__(rtt_ms=math.nan, spread_ms=0.0, at_s=-math.inf)
         self.settings = settings
+        self._oldest_s: float | None = None  # when the longest unseen row was measured; None: to be looked up
+
+    def grow(self, rows: int) -> None:
+        """Lengthen to `rows` rows."""
+        super().grow(rows)
+        self._oldest_s = None
+
+    def reset(self, slot: int) -> None:
+        """Nothing is known of one replica."""
+        super().reset(slot)
+        self._oldest_s = None
 
     def observe(self, slot: int, rtt_s: float, now_s: float) -> None:
         """Take in one measured round trip; values that are no duration are ignored."""
@@ -36,11 +47,13 @@ class LatencyTable(Table):
             spread[slot] += alpha * (abs(sample - rtt[slot]) - spread[slot])
             rtt[slot] += alpha * (sample - rtt[slot])
         at[slot] = now_s
+        self._oldest_s = None
 
     def restore(self, slot: int, rtt_ms: float, spread_ms: float, at_s: float) -> None:
         """Take over a value that another router measured."""
         cells = self._columns.cells
         cells["rtt_ms"][slot], cells["spread_ms"][slot], cells["at_s"][slot] = rtt_ms, spread_ms, at_s
+        self._oldest_s = None
 
     def price_ms(self, rows: Rows, now_s: float) -> tuple[FloatArray, FloatArray]:
         """(round trip, doubt) per replica, as they are now.
@@ -50,7 +63,10 @@ class LatencyTable(Table):
         """
         rtt, at = self._columns["rtt_ms"][rows].copy(), self._columns["at_s"][rows]
         stale_after_s, prior_ms = self.settings.stale_after_s, self.settings.prior_ms
-        if not len(at) or now_s - np.minimum.reduce(at) <= stale_after_s:  # as it mostly is: all measured, none stale
+        if self._oldest_s is None:
+            self._oldest_s = min(self._columns.cells["at_s"], default=now_s)
+        # As it mostly is: all measured, none stale. The second look is for rows whose replicas have left.
+        if now_s - self._oldest_s <= stale_after_s or now_s - np.min(at, initial=now_s) <= stale_after_s:
             return rtt, np.zeros(len(at))
         periods = np.maximum(now_s - at, 0.0) / stale_after_s
         late = np.minimum(periods, MAX_STALE_PERIODS)
