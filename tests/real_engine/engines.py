@@ -66,6 +66,12 @@ class Engine:
         async with aiohttp.ClientSession(raise_for_status=True) as session:
             await session.post(f"{self.url}/reset_prefix_cache")
 
+    async def step(self, model: str) -> None:
+        """Let it work, so that it publishes the events that it holds back until then."""
+        body = {"model": model, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 1}
+        async with aiohttp.ClientSession(raise_for_status=True) as session:
+            await session.post(f"{self.url}/v1/chat/completions", json=body)
+
     async def _healthy(self) -> bool:
         try:
             async with aiohttp.ClientSession() as session, session.get(f"{self.url}/health") as answer:

@@ -186,9 +186,10 @@ async def gateway(
     counter = Router(Settings.model_validate(arguments))
     headers = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    fresh = aiohttp.TCPConnector(force_close=True)  # a server may close an idle connection just when it is used again
     async with (
         litellm_proxy(config, folder, name) as (target, _),
-        aiohttp.ClientSession(target.url, headers=headers, timeout=timeout) as session,
+        aiohttp.ClientSession(target.url, connector=fresh, headers=headers, timeout=timeout) as session,
     ):
         yield Gateway(session, counter, words)
 

@@ -115,7 +115,7 @@ class Run:
             await self._exact("a cache that begins to overflow", replay.round(new))
             for engine in self._engines:
                 await engine.reset_cache()
-            # The engine tells that it cleared its cache with the events of its next step, so one request to each first.
+                await engine.step("words")  # it tells that it cleared its cache with the events of its next step
             await flood(proxy, rng, "words", AT_ONCE)
             await self._exact("a cache that was cleared", replay.round(new))
             await self._engines[0].restart()
