@@ -27,7 +27,7 @@ from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder, built_from
 from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
-from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
+from gorgo_plugin.signals import Arrivals, EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
 from gorgo_plugin.state import State
 from gorgo_plugin.views import Views
 
@@ -75,9 +75,10 @@ class Router:
         self._latency = LatencyTable(settings.probe)
         self._flights = Flights()
         self._gauges = GaugeTable()
-        self._views = Views(self._latency, self._flights, self._gauges, settings.weight_pair())
+        self._arrivals = Arrivals()
+        self._views = Views(self._latency, self._flights, self._arrivals, self._gauges, settings.weight_pair())
         self._health = HealthTable(settings.health)
-        self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
+        self._replicas = Replicas((self._latency, self._flights, self._arrivals, self._gauges, self._health))
         self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
         self._models: OrderedDict[str, ModelState] = OrderedDict()  # the least recently used first
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
@@ -441,6 +442,7 @@ class Router:
             cache_key=prompt.cache_key,
         )
         self._flights.open(flight)
+        self._arrivals.sent(slot, now)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import View
+from gorgo_plugin.policies.base import blocking_ms
 from gorgo_plugin.replicas import Candidates
-from gorgo_plugin.signals import Flights, GaugeTable, LatencyTable
+from gorgo_plugin.signals import Arrivals, Flights, GaugeTable, LatencyTable
 
 
 @dataclass(slots=True)
@@ -18,6 +19,7 @@ class Views:
 
     latency: LatencyTable
     flights: Flights
+    arrivals: Arrivals
     gauges: GaugeTable
     weights: tuple[float, float]
 
@@ -35,12 +37,15 @@ class Views:
         network_ms, doubt_ms = self.latency.price_ms(rows, now)
         prefill_ms = ms_per_token * uncached
         prefill_ms += model.rates.overhead_ms(rows)
+        queue_ms = flights.backlog_ms(rows, ms_per_token, now)
+        arrivals, decoding = self.arrivals.per_ms(rows, now), flights.column("decoding", rows)
         return View(
             names=among.names,
             network_ms=network_ms,
             doubt_ms=doubt_ms,
-            queue_ms=flights.backlog_ms(rows, ms_per_token, now),
+            queue_ms=queue_ms,
             prefill_ms=prefill_ms,
+            blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding),
             cached_tokens=cached,
             uncached_tokens=uncached,
             prompt_tokens=tokens,

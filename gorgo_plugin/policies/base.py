@@ -11,6 +11,9 @@ import numpy as np
 
 from gorgo_plugin.signals.columns import FloatArray
 
+# What a millisecond of a running answer's delay weighs against one before a first token.
+DECODING_SHARE = 0.03
+
 Number = TypeVar("Number", float, FloatArray)
 
 
@@ -23,6 +26,7 @@ class View:
         network_ms, doubt_ms: round trip and the price of not knowing it.
         queue_ms: time until the replica's prefill queue is empty.
         prefill_ms: this prompt's own prefill there.
+        blocking_ms: what that makes others wait.
         cached_tokens, uncached_tokens: of this prompt, in the engine's tokens.
         prompt_tokens: length of this prompt, in the engine's tokens.
         load: sum over a candidate's open flights, by name (`waiting`, `decoding`, `queued_prompt_tokens`,
@@ -38,6 +42,7 @@ class View:
     doubt_ms: FloatArray
     queue_ms: FloatArray
     prefill_ms: FloatArray
+    blocking_ms: FloatArray
     cached_tokens: FloatArray
     uncached_tokens: FloatArray
     prompt_tokens: float
@@ -75,7 +80,7 @@ class View:
     @property
     def total_ms(self) -> FloatArray:
         """As `total_ms`, per candidate."""
-        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms)
+        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms, self.blocking_ms)
 
     def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
         """An engine gauge, or this router's own count where the engine was never read."""
@@ -84,13 +89,36 @@ class View:
 
 
 def total_ms(
-    weights: tuple[float, float], network_ms: Number, doubt_ms: Number, queue_ms: Number, prefill_ms: Number
+    weights: tuple[float, float],
+    network_ms: Number,
+    doubt_ms: Number,
+    queue_ms: Number,
+    prefill_ms: Number,
+    blocking_ms: Number,
 ) -> Number:
-    """`W_rtt * (network + doubt) + W_queue * queue + prefill`: paper v2, eq. 3, every term in milliseconds."""
+    """`W_rtt * (network + doubt) + W_queue * queue + prefill` (paper v2, eq. 3, in milliseconds) `+ blocking`."""
     if weights == (1.0, 1.0):  # as it mostly is
-        return network_ms + doubt_ms + queue_ms + prefill_ms
+        return network_ms + doubt_ms + queue_ms + prefill_ms + blocking_ms
     w_rtt, w_queue = weights
-    return w_rtt * (network_ms + doubt_ms) + w_queue * queue_ms + prefill_ms
+    return w_rtt * (network_ms + doubt_ms) + w_queue * queue_ms + prefill_ms + blocking_ms
+
+
+def blocking_ms(
+    prefill_ms: FloatArray, queue_ms: FloatArray, arrivals_per_ms: FloatArray, decoding: FloatArray
+) -> FloatArray:
+    """Milliseconds that a prefill is expected to make others wait, per candidate.
+
+    Prefill is first come, first served. A request that arrives while this one waits (`queue_ms`) waits all of
+    `prefill_ms` longer, one that arrives while it runs what is left of it: together `arrivals * prefill * (queue +
+    prefill / 2)`. Answers that are being decoded pause for every step of it: that delays their ends, not their first
+    tokens, and counts by `DECODING_SHARE`.
+    """
+    others = 0.5 * prefill_ms
+    others += queue_ms
+    others *= arrivals_per_ms
+    others += DECODING_SHARE * decoding
+    others *= prefill_ms
+    return others
 
 
 class Policy:

@@ -91,14 +91,17 @@ async def probe_once(router: Router, replicas: Sequence[ReplicaSettings], probe:
     return {replica.name: kind for replica, kind in zip(replicas, outcomes, strict=True) if kind is not None}
 
 
+TERMS = ("network", "doubt", "queue", "prefill", "blocking", "total")
+
+
 def rows(explained: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A header and a row per replica, in failover order: every term in milliseconds, then tokens and what is known."""
     named_score = any(row["score"] != row["total_ms"] for row in explained["replicas"].values())
-    header = ("", "replica", "region", "network ms", "doubt ms", "queue ms", "prefill ms", "total ms")
+    header = ("", "replica", "region", *(f"{term} ms" for term in TERMS))
     tail = ("cached tokens", "uncached tokens", "RTT age", "in flight", "state")
     lines = [(*header, *(("score",) if named_score else ()), *tail)]
     for name, row in explained["replicas"].items():
-        terms = [f"{row[term]:,.1f}" for term in ("network_ms", "doubt_ms", "queue_ms", "prefill_ms", "total_ms")]
+        terms = [f"{row[f'{term}_ms']:,.1f}" for term in TERMS]
         score = (f"{row['score']:,.4g}",) if named_score else ()
         load = row["load"]["waiting"] + row["load"]["decoding"]
         lines.append(

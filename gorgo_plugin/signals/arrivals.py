@@ -1,0 +1,40 @@
+"""How often each replica has been asked lately."""
+
+from __future__ import annotations
+
+import math
+
+from gorgo_plugin.signals.columns import FloatArray, Rows, Table
+
+# What a prefill may delay arrives while it waits and runs: seconds. Shorter, and chance would count for demand.
+HORIZON_S = 10.0
+_REBASE = 30.0  # horizons after which the counts are scaled down, long before they leave the range of a float
+
+
+class Arrivals(Table):
+    """Requests sent to each replica, counted with weights that decay by `exp(-age / HORIZON_S)`.
+
+    The weights grow with time instead of the counts shrinking, so that reading them all takes one multiplication.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(weighted=0.0)
+        self._base_s = 0.0
+
+    def sent(self, slot: int, now_s: float) -> None:
+        """Count one request."""
+        if not 0.0 <= (now_s - self._base_s) / HORIZON_S <= _REBASE:
+            self._rebase(now_s)
+        self._columns.cells["weighted"][slot] += math.exp((now_s - self._base_s) / HORIZON_S)
+
+    def per_ms(self, rows: Rows, now_s: float) -> FloatArray:
+        """Requests per millisecond, per replica."""
+        age = max((now_s - self._base_s) / HORIZON_S, 0.0)
+        return self._columns["weighted"][rows] * (math.exp(-age) / (HORIZON_S * 1000.0))
+
+    def _rebase(self, now_s: float) -> None:
+        # A clock that jumped back makes nothing older than it is.
+        scale, cells = math.exp(-max((now_s - self._base_s) / HORIZON_S, 0.0)), self._columns.cells["weighted"]
+        for slot in range(self._columns.rows):
+            cells[slot] *= scale
+        self._base_s = now_s
