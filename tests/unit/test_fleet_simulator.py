@@ -203,7 +203,8 @@ def test_settings_of_ones_own_can_be_simulated() -> None:
     outcome = simulate(settings, fleet(), requests())
     assert outcome.row == "gorgo"
     assert (outcome.learned[0].weights == (0.0, 5.0)).all()
-    assert same(outcome, simulate(Row("mine", {"weights": {"rtt": 0.0, "queue": 5.0}}), fleet(), requests()))
+    row = Row("mine", {"weights": {"rtt": 0.0, "queue": 5.0}, "seed": 7})  # the run's seed counts
+    assert same(outcome, simulate(row, fleet(), requests()))
 
 
 def test_an_unknown_row_is_refused() -> None:
@@ -216,6 +217,14 @@ def test_what_routers_learn_is_recorded_over_time() -> None:
     (learned,) = simulate("gorgo", fleet(replicas=slow), requests()).learned
     assert learned.weights.shape == (HISTORY_POINTS + 1, 2)
     assert learned.rates["west-1"]["ms_per_token"][-1] > 2 * learned.rates["west-2"]["ms_per_token"][-1]
+
+
+def test_a_run_can_go_on_from_what_another_one_learned() -> None:
+    slow = fleet(replicas=[{**REPLICAS[0], "engine": {"a_ms": 0.3}}, *REPLICAS[1:]])
+    first = simulate("gorgo", slow, requests())
+    again = simulate("gorgo", slow, requests(), 1, states=first.states)
+    assert again.learned[0].rates["west-1"]["ms_per_token"][0] > 0.2
+    assert first.learned[0].weights.tolist() == again.learned[0].weights.tolist()
 
 
 def test_predictions_are_judged_after_a_while_by_error_and_rank() -> None:
