@@ -13,6 +13,7 @@ from gorgo_plugin.fleet.replay import Replay
 from gorgo_plugin.fleet.requests import ReplayRequest, Served
 from gorgo_plugin.fleet.rows import Row, row_named
 from gorgo_plugin.fleet.topology import Fleet
+from gorgo_plugin.fleet.workload import WorkloadError
 from gorgo_plugin.settings import Settings
 
 HISTORY_POINTS = 240  # a plot shows no more
@@ -154,7 +155,10 @@ def simulate(
         RowError: no row has that name.
         FleetError: the fleet cannot serve this row or these requests.
         SettingsError: the row's settings are wrong.
+        WorkloadError: there are no requests.
     """
+    if not requests:
+        raise WorkloadError("requests: there are none")
     if isinstance(row, Settings):
         shown, settings = Row(row.policy), row.model_copy(update={"seed": seed})
     else:

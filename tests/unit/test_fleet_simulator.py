@@ -13,7 +13,7 @@ from gorgo_plugin.fleet.rows import ROWS, Row, RowError
 from gorgo_plugin.fleet.simulation_report import LEARNING_REQUESTS, figures, lines, prediction
 from gorgo_plugin.fleet.simulator import HISTORY_POINTS, Outcome, simulate
 from gorgo_plugin.fleet.topology import Fleet, FleetError
-from gorgo_plugin.fleet.workload import ConversationSettings, conversations
+from gorgo_plugin.fleet.workload import ConversationSettings, WorkloadError, conversations
 from gorgo_plugin.settings import Settings
 
 LINKS = [
@@ -210,6 +210,11 @@ def test_settings_of_ones_own_can_be_simulated() -> None:
 def test_an_unknown_row_is_refused() -> None:
     with pytest.raises(RowError, match="policies: unknown row 'gorgo-papr'"):
         simulate("gorgo-papr", fleet(), requests())
+
+
+def test_a_workload_without_requests_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="requests: there are none"):
+        simulate("gorgo", fleet(), [])
 
 
 def test_what_routers_learn_is_recorded_over_time() -> None:
