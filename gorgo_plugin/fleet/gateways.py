@@ -18,18 +18,23 @@ from gorgo_plugin.signals import EngineGauges
 
 @dataclass(slots=True)
 class Site:
-    """One replica: its engine, whether it runs, and the requests there by the engine's id."""
+    """One replica: its engine, how many events keep it down, and the requests there by the engine's id."""
 
     number: int
     replica: FleetReplica
     engine: Engine
-    up: bool = True
+    downs: int = 0
     calls: dict[Hashable, Call] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Its name."""
         return self.replica.name
+
+    @property
+    def up(self) -> bool:
+        """Whether it runs."""
+        return not self.downs
 
 
 @dataclass(slots=True)

@@ -322,10 +322,10 @@ class Replay:
         elif isinstance(event, SlowEvent):
             self._site(event.replica).engine.change_speed(1.0 / event.factor, self.now_s)
         elif isinstance(event, DownEvent):
-            self._site(event.replica).up = True
+            self._site(event.replica).downs -= 1
 
     def _die(self, site: Site) -> None:
-        site.up = False
+        site.downs += 1
         for identity in site.engine.restart(self.now_s):
             call = site.calls.pop(identity)
             self._answer(call, len(call.legs) - 1, "rejected", self.now_s)

@@ -171,6 +171,12 @@ def test_a_request_that_nobody_can_serve_waits_until_somebody_can() -> None:
     assert (outcome.e2e_ms > outcome.ttft_ms).all()
 
 
+def test_a_replica_is_down_until_the_last_of_its_outages_ends() -> None:
+    events = [{"kind": "down", "at_s": at_s, "for_s": 10, "replica": "east-1"} for at_s in (10, 15)]
+    outcome = simulate("gorgo", fleet(replicas=REPLICAS[2:], events=events), [lone(22.0)])
+    assert outcome.ttft_ms[0] > 3000
+
+
 def test_balancers_forward_at_most_once_and_only_when_their_own_engines_are_busy() -> None:
     sides = [{"region": "west"}, {"region": "east"}]
     both = fleet(gateways=sides, clients=sides[:1])
