@@ -51,7 +51,7 @@ def test_the_table_tells_who_gets_gauges_late_and_what_is_compared(trace: Path, 
     shown = " ".join(done.output.split())
     assert "least-load°" in shown
     assert "up to a second old" in shown
-    assert "us-east/us-west/eu-west" in shown
+    assert "us-east/ us-west/ eu-west" in shown
     content = figures(file)
     assert content["workload"] == {"name": "trace.jsonl", "requests": 40, "time_scale": 2.0}
     first, second = content["rows"]
