@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gorgo_plugin.fleet.engine import PROFILES, EngineProfile
-from gorgo_plugin.fleet.replay import Replay, ReplayReplica, ReplayRequest, Served
-from gorgo_plugin.fleet.topology import REGIONS
+from gorgo_plugin.fleet.replay import Replay
+from gorgo_plugin.fleet.requests import ReplayRequest, Served
+from gorgo_plugin.fleet.topology import Fleet, demo_fleet
 from gorgo_plugin.settings import Settings
 
 ENDLESS_TOKENS = 10**12  # a cache from which nothing is ever evicted
-_MODEL_TOKENS = 2**20  # the longest prompt served: traces hold longer ones than the demo's engines take
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +79,29 @@ def bench(
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Accuracy]:
     """Replay the requests once per source on the demo's three regions, each with a cache of `kv_tokens`."""
-    profile = dataclasses.replace(PROFILES["linear"], kv_tokens=kv_tokens, max_model_tokens=_MODEL_TOKENS)
+    fleet = demo_fleet(kv_tokens=kv_tokens)
     rows = []
     for source in sources:
         say(source.name)
         started = time.perf_counter()
-        served = _replay(requests, profile, source, seed)
-        rows.append(summarise(source.name, served, profile.block_tokens, time.perf_counter() - started))
+        served = _replay(requests, fleet, source, seed)
+        rows.append(summarise(source.name, served, fleet.block_tokens, time.perf_counter() - started))
     return rows
 
 
-def _replay(requests: Sequence[ReplayRequest], profile: EngineProfile, source: Source, seed: int) -> list[Served]:
-    told = ENDLESS_TOKENS if source.told is None else int(profile.kv_tokens * source.told)
+def _replay(requests: Sequence[ReplayRequest], fleet: Fleet, source: Source, seed: int) -> list[Served]:
+    true_tokens = fleet.replicas[0].engine.kv_tokens
+    told = ENDLESS_TOKENS if source.told is None else int(true_tokens * source.told)
     settings = Settings.model_validate(
         {
             "replicas": [
-                {"name": region.name, "region": region.name, "url": f"http://{region.name}:80", "kv_tokens": told}
-                for region in REGIONS
+                {"name": region, "region": region, "url": f"http://{region}:80", "kv_tokens": told}
+                for region in fleet.regions
             ],
-            "block_tokens": profile.block_tokens,
             "seed": seed,
         }
     )
-    replicas = [ReplayReplica(region.name, region.rtt_ms, region.jitter_ms, profile) for region in REGIONS]
-    return Replay(settings, replicas, usage=source.usage, kv_events=source.kv_events, seed=seed).run(requests)
+    return Replay(settings, fleet, usage=source.usage, kv_events=source.kv_events, seed=seed).run(requests)
 
 
 def summarise(source: str, served: Sequence[Served], block_tokens: int, wall_s: float) -> Accuracy:

@@ -8,6 +8,7 @@ the end of the step in progress, and gauges that move at step ends only.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 import random
@@ -62,6 +63,11 @@ class EngineProfile:
         if self.kv_tokens < 2 * self.block_tokens:
             raise ValueError("kv_tokens: expected at least two blocks")
 
+    def slowed(self, factor: float) -> EngineProfile:
+        """The same engine, every step of which takes `factor` times as long."""
+        times = ("t0_ms", "p_ms", "a_ms", "b_ms", "decode_ms", "decode_per_request_ms")
+        return dataclasses.replace(self, **{name: getattr(self, name) * factor for name in times})
+
     def prefill_ms(self, uncached: int, context: int) -> float:
         """Milliseconds of computing `uncached` tokens behind `context` computed ones, without a step's fixed part."""
         return self.a_ms * uncached + self.b_ms * uncached * (context + uncached / 2)
@@ -102,11 +108,12 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """A request's first token exists."""
+    """A request's first token exists; its prefill began at `started_s`, when it was admitted."""
 
     id: Hashable
     at_s: float
     cached_tokens: int
+    started_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,7 @@ class Gauges:
 class _Sequence:
     """A request in the engine. `first_tick` is the decode tick at which its first token appeared."""
 
-    __slots__ = ("cached_tokens", "cancelled", "computed", "first_tick", "lease", "published", "request")
+    __slots__ = ("cached_tokens", "cancelled", "computed", "first_tick", "lease", "published", "request", "started_s")
 
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
@@ -167,6 +174,7 @@ class _Sequence:
         self.cached_tokens = 0
         self.computed = 0
         self.published = 0
+        self.started_s = math.nan
         self.first_tick: int | None = None
         self.cancelled = False
 
@@ -263,6 +271,13 @@ class Engine:
         self._reset()
         return lost
 
+    def change_speed(self, factor: float, now_s: float) -> None:
+        """From the next step on, steps take `factor` times as long as they do now."""
+        self._run_until(now_s)
+        self.profile = self.profile.slowed(factor)
+        if self._step is not None:
+            self._wake(now_s)
+
     def next_event_s(self) -> float | None:
         """When to advance next; None while nothing is to be done. Not every such moment brings an event."""
         if self._events:
@@ -326,7 +341,7 @@ class Engine:
         """Schedule: every decode, then prefill chunks in order of arrival within the rest of the budget."""
         profile = self.profile
         decoding = self._decoding
-        prefill_ms, completing = self._schedule_prefill(profile.step_tokens - decoding)
+        prefill_ms, completing = self._schedule_prefill(profile.step_tokens - decoding, start_s)
         if prefill_ms is None and not decoding:
             return None
         count = 1 if prefill_ms is not None else self._ticks_to_milestone()
@@ -335,11 +350,11 @@ class Engine:
         duration_ms = (profile.t0_ms + profile.decode_step_ms(decoding)) * factor + chunk_ms
         return _Step(start_s, duration_ms * _S_PER_MS, count, decoding, completing, chunk_ms * _S_PER_MS)
 
-    def _schedule_prefill(self, budget: int) -> tuple[float | None, list[_Sequence]]:
-        """Milliseconds of this step's chunks (None without any) and the prompts that they complete."""
+    def _schedule_prefill(self, budget: int, start_s: float) -> tuple[float | None, list[_Sequence]]:
+        """Milliseconds of the chunks of a step at `start_s` (None without any) and the prompts that they complete."""
         total_ms: float | None = None
         completing: list[_Sequence] = []
-        while budget > 0 and (self._prefilling or self._admit()):
+        while budget > 0 and (self._prefilling or self._admit(start_s)):
             sequence = self._prefilling[0]
             request = sequence.request
             first = sequence.computed == sequence.cached_tokens
@@ -353,7 +368,7 @@ class Engine:
                 completing.append(self._prefilling.pop(0))
         return total_ms, completing
 
-    def _admit(self) -> bool:
+    def _admit(self, now_s: float) -> bool:
         """Move the head of the waiting queue to prefill, if there is room for its prompt and output."""
         if not self._waiting or len(self._sequences) - len(self._waiting) >= self.profile.max_running:
             return False
@@ -366,6 +381,7 @@ class Engine:
             return False
         self._waiting.popleft()
         sequence.lease = lease
+        sequence.started_s = now_s
         sequence.published = matched
         sequence.cached_tokens = sequence.computed = matched * block_tokens
         self._queries_tokens += request.prompt_tokens
@@ -411,7 +427,7 @@ class Engine:
             return
         request = sequence.request
         if request.output_tokens > 0:
-            self._events.append(FirstToken(request.id, at_s, sequence.cached_tokens))
+            self._events.append(FirstToken(request.id, at_s, sequence.cached_tokens, sequence.started_s))
         if request.output_tokens <= 1:
             self._finish(sequence, at_s)
         else:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gorgo_plugin.fleet.block_cache import block_keys, finer_keys
 from gorgo_plugin.fleet.mooncake import BLOCK_TOKENS, TraceRecord
-from gorgo_plugin.fleet.replay import ReplayRequest
+from gorgo_plugin.fleet.requests import ReplayRequest
 from gorgo_plugin.fleet.workload import WorkloadRequest
 
 # A block that more requests than this share is a preamble: that a prompt begins with it says nothing of its history.
@@ -31,7 +31,7 @@ def _conversation_request(request: WorkloadRequest, block_tokens: int) -> Replay
     def blocks() -> list[int]:
         return block_keys(tokens(), block_tokens)
 
-    return ReplayRequest(request.at_s, len(request.token_ids()), request.output_tokens, tokens, blocks)
+    return ReplayRequest(request.at_s, len(request.token_ids()), request.output_tokens, tokens, blocks, request.session)
 
 
 def trace_requests(records: Sequence[TraceRecord], stretch: float, block_tokens: int) -> list[ReplayRequest]:
@@ -48,6 +48,7 @@ def trace_requests(records: Sequence[TraceRecord], stretch: float, block_tokens:
             record.output_tokens,
             partial(_trace_tokens, path, record.input_tokens + record.output_tokens),
             partial(finer_keys, path, record.input_tokens + record.output_tokens, BLOCK_TOKENS, block_tokens),
+            record.session,
         )
         for record, path in zip(records, block_paths(records), strict=True)
     ]

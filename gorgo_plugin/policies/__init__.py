@@ -3,6 +3,7 @@
 from gorgo_plugin.policies.base import Policy, View
 from gorgo_plugin.policies.gorgo import Gorgo
 from gorgo_plugin.policies.gorgo_paper import GorgoPaper
+from gorgo_plugin.policies.gorgo_v1_distributed import GorgoV1Distributed
 from gorgo_plugin.policies.gorgo_v1_proxy import GorgoV1Proxy
 from gorgo_plugin.policies.least_load import LeastLoad
 from gorgo_plugin.policies.least_request import LeastRequest
@@ -16,6 +17,7 @@ _ALL: tuple[Policy, ...] = (
     Gorgo(),
     GorgoPaper(),
     GorgoV1Proxy(),
+    GorgoV1Distributed(),
     LeastLoad(),
     LeastRequest(),
     PrefixCache(),

@@ -7,8 +7,8 @@ import pytest
 
 from gorgo_plugin.fleet.bench_accuracy import SOURCES, Accuracy, bench, summarise
 from gorgo_plugin.fleet.mooncake import TraceRecord
-from gorgo_plugin.fleet.replay import ReplayRequest, Served
 from gorgo_plugin.fleet.replay_inputs import block_paths, continued_by, conversation_requests, trace_requests
+from gorgo_plugin.fleet.requests import ReplayRequest, Served
 from gorgo_plugin.fleet.workload import ConversationSettings, conversations
 
 KV_TOKENS = 120_000  # a sixth of what the conversations would fill
@@ -52,7 +52,10 @@ def test_a_replay_repeats_itself() -> None:
 
 
 def test_figures_tell_over_from_under() -> None:
-    served = [Served(0, 0.0, "a", 1000, 500, 0.0, 400), Served(1, 0.0, "a", 1000, 0, 0.0, 16)]
+    served = [
+        Served(index, 0.0, "here", "here", 1000, estimated_tokens=estimated, cached_tokens=cached)
+        for index, (estimated, cached) in enumerate([(500, 400), (0, 16)])
+    ]
     row = summarise("row", served, 16, 0.0)
     assert (row.error_share, row.over_share, row.under_share) == pytest.approx((0.058, 0.05, 0.008))
     assert row.within_block == 0.5
