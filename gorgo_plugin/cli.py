@@ -25,6 +25,7 @@ COMMANDS = {
     "explain": _Lazy("gorgo_plugin.explain", "explain", "litellm"),
     "ext-proc": _Lazy("gorgo_plugin.envoy_ext_proc.commands", "ext_proc", "envoy"),
     "mock-upstream": _Lazy("gorgo_plugin.fleet.commands", "mock_upstream", "demo"),
+    "simulate": _Lazy("gorgo_plugin.fleet.simulate_command", "simulate", "demo"),
     "soak": _Lazy("gorgo_plugin.fleet.soak_command", "soak", "demo"),
 }
 

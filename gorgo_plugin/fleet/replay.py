@@ -13,7 +13,7 @@ from typing import Any
 
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.fleet.block_cache import Change, Cleared, Removed
-from gorgo_plugin.fleet.engine import Engine, EngineRequest, Finished, FirstToken
+from gorgo_plugin.fleet.engine import Engine, EngineRequest, Event, Finished, FirstToken
 from gorgo_plugin.fleet.gateways import Door, Gateway, Site, Target, distributed_gateways, doors, plain_gateways
 from gorgo_plugin.fleet.links import Links
 from gorgo_plugin.fleet.requests import Call, Leg, ReplayRequest, Served
@@ -195,13 +195,13 @@ class Replay:
 
     # Its answer, back the way it came
 
-    def _answer(self, call: Call, level: int, what: FirstToken | Finished | str, sent_s: float) -> None:
+    def _answer(self, call: Call, level: int, what: Event | str, sent_s: float) -> None:
         """Send an engine's event, or the kind of a failure, to the gateway at that place of the way."""
         leg = call.legs[level]
         leg.latest_s = max(sent_s + leg.target.link.one_way_s(sent_s), leg.latest_s)  # nothing overtakes
         self.at(leg.latest_s, self._receive, call, level, what)
 
-    def _receive(self, call: Call, level: int, what: FirstToken | Finished | str) -> None:
+    def _receive(self, call: Call, level: int, what: Event | str) -> None:
         leg = call.legs[level]
         router = leg.gateway.router
         if isinstance(what, FirstToken):
@@ -212,7 +212,7 @@ class Replay:
             router.finish(leg.flight_id)
             for site in leg.target.sites:
                 site.calls.pop(call.work.id, None)
-        else:
+        elif isinstance(what, str):
             router.fail(leg.flight_id, what)
         if level:
             self._answer(call, level - 1, "rejected" if isinstance(what, str) else what, self.now_s)
@@ -230,7 +230,7 @@ class Replay:
         else:
             self.at(self.now_s + RETRY_PAUSE_S, self._dispatch, call, gateway)
 
-    def _deliver(self, call: Call, what: FirstToken | Finished) -> None:
+    def _deliver(self, call: Call, what: Event) -> None:
         """Take the client's times."""
         served, link = call.served, call.door.link
         seen_s = self.now_s if link is None else self.now_s + link.one_way_s(self.now_s)
@@ -241,11 +241,11 @@ class Replay:
             served.entry_ms = (seen_s - self.now_s + max(call.entered_s - served.at_s, 0.0)) * 1e3
             served.queue_ms = (what.started_s - call.submitted_s) * 1e3
             served.prefill_ms = (what.at_s - what.started_s) * 1e3
-            return
-        served.e2e_ms = (seen_s - served.at_s) * 1e3
-        self._served.append(served)
-        self._open -= 1
-        self._on_served()
+        elif isinstance(what, Finished):
+            served.e2e_ms = (seen_s - served.at_s) * 1e3
+            self._served.append(served)
+            self._open -= 1
+            self._on_served()
 
     # What gateways look at between requests
 

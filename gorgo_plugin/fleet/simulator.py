@@ -151,14 +151,14 @@ def simulate(
         SettingsError: the row's settings are wrong.
     """
     if isinstance(row, Settings):
-        row, settings = Row(row.policy), row.model_copy(update={"seed": seed})
+        shown, settings = Row(row.policy), row.model_copy(update={"seed": seed})
     else:
-        row = row_named(row) if isinstance(row, str) else row
-        settings = Settings.model_validate({"seed": seed, **row.settings})
-    replay = Replay(settings, fleet, seed=seed, distributed=row.distributed, usage=usage, on_served=on_served)
+        shown = row_named(row) if isinstance(row, str) else row
+        settings = Settings.model_validate({"seed": seed, **shown.settings})
+    replay = Replay(settings, fleet, seed=seed, distributed=shown.distributed, usage=usage, on_served=on_served)
     history = _History(replay, requests[-1].at_s)
     served = sorted(replay.run(requests), key=lambda one: one.index)
-    return _outcome(row.name, seed, replay, served, history)
+    return _outcome(shown.name, seed, replay, served, history)
 
 
 def _outcome(row: str, seed: int, replay: Replay, served: Sequence[Served], history: _History) -> Outcome:
@@ -210,6 +210,6 @@ class _History:
 
 def _rates(states: Sequence[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
     """One replica's rates over time, of the only model there is."""
-    seen = [next(iter(state["models"].values()), {}) for state in states]
+    seen: list[dict[str, Any]] = [next(iter(state["models"].values()), {}) for state in states]
     names = [name for name, value in seen[-1].items() if isinstance(value, int | float)]
     return {name: np.array([one.get(name, np.nan) for one in seen], dtype=np.float64) for name in names}

@@ -108,3 +108,17 @@ def median_ratio(ratios: NDArray[np.float64], seed: int = 0) -> Ratio:
     drawn = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[drawn], axis=1), _INTERVAL)
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def ratio_over_seeds(own: Sequence[float], other: Sequence[float], seed: int = 0) -> Ratio:
+    """The geometric mean of a figure of one system over that of another, of as many runs with the same seeds.
+
+    The interval is a bootstrap over the seeds, paired; NaN where there is only one.
+    """
+    logs = np.log(np.array(own, dtype=np.float64) / np.array(other, dtype=np.float64))
+    value = float(np.exp(logs.mean()))
+    if len(logs) == 1:
+        return Ratio(value, float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(0, len(logs), (RESAMPLES, len(logs)))
+    low, high = np.exp(np.percentile(logs[drawn].mean(axis=1), _INTERVAL))
+    return Ratio(value, float(low), float(high))

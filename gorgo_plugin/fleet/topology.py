@@ -65,8 +65,8 @@ class FleetReplica(_Schema):
     region: Name
     """Where it is."""
     engine: Annotated[EngineProfile, BeforeValidator(_engine)] = _engine("linear")
-    """What it is like: the name of a profile (linear, curved, tiny-cpu), or a mapping of `profile` and what differs from
-    it, as `a_ms: 0.05` or `kv_tokens: 8000000`."""
+    """What it is like: the name of a profile (linear, curved, tiny-cpu), or a mapping of `profile` and what differs
+    from it, as `a_ms: 0.05` or `kv_tokens: 8000000`."""
 
 
 class FleetGateway(_Schema):
