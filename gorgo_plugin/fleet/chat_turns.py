@@ -18,6 +18,9 @@ from gorgo_plugin.fleet.turns import Prefix, TokenTree, Turn, answer_s
 from gorgo_plugin.fleet.workload import WorkloadError
 
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, less their whole part, fill an interval evenly
+_BINS = 60  # of the window, in which arrivals are counted to spread them evenly
+_PLACES = 16  # tried for a user's stretch, of which the emptiest is taken
+_RAMP = 0.1  # share of the window until its full rate: at once, all the first users' prompts would be cold together
 _Floats = NDArray[np.float64]
 
 
@@ -35,7 +38,7 @@ class ChatSettings:
     """Most requests of a user; as many fit a window a fifth as long."""
     window_s: float = 1800.0
     """Seconds in which all requests arrive at a rate scale of 1."""
-    think_s: float = 20.0
+    think_s: float = 40.0
     """Mean seconds (exponential) between an answer and the next turn at a rate scale of 1."""
     fresh_share: float = 0.25
     """Share of the turns that begin a new chat, beside those that must because the prompt would be too long."""
@@ -43,9 +46,9 @@ class ChatSettings:
     """Applications, each with a system prompt."""
     system_tokens: int = 400
     """Tokens of a system prompt."""
-    profile_tokens: float = 2800.0
+    profile_tokens: float = 2820.0
     """Median tokens of a user's profile (log-normal)."""
-    profile_spread: float = 0.5
+    profile_spread: float = 0.47
     """Sigma of it."""
     document_share: float = 0.09
     """Share of the new chats that begin with a document."""
@@ -53,7 +56,7 @@ class ChatSettings:
     """Shortest and longest document."""
     question_tokens: float = 350.0
     """Median tokens of what a user adds in a turn (log-normal): text, and what was looked up for it."""
-    question_spread: float = 1.12
+    question_spread: float = 1.1
     """Sigma of it."""
     past_turns: float = 3.0
     """Mean turns (geometric) that a chat under way at a user's first request has had before."""
@@ -112,6 +115,8 @@ class _Window:
         self._rng = rng
         self._settings = settings
         self._rate_scale = rate_scale
+        self._arrivals = np.zeros(_BINS)
+        self._wanted = np.minimum(1.0, (np.arange(_BINS) + 1.0) / (_RAMP * _BINS))
         self._chats = 0
         self._offset = rng.uniform(0.0, 1.0)
         self._tree = TokenTree()
@@ -166,6 +171,11 @@ class _Window:
             raise WorkloadError(f"rate_scale: expected less than {self._rate_scale}, at which turns overtake answers")
         thinks_s *= min(1.0, spare_s / thinks_s.sum())
         ends_s = np.cumsum(waits_s + thinks_s)
-        start_s = self._rng.uniform(0.0, 1.0) * (window_s - ends_s[-1])
-        times_s: list[float] = (start_s + np.concatenate([[0.0], ends_s[:-1]])).tolist()
+        starts_s = self._rng.uniform(0.0, max(0.0, window_s - ends_s[-1]), _PLACES)
+        placed_s = starts_s[:, None] + np.concatenate([[0.0], ends_s[:-1]])
+        bins = np.minimum(placed_s * (_BINS / window_s), _BINS - 1).astype(np.int64)
+        fullest = (self._arrivals[bins] / self._wanted[bins]).max(axis=1)
+        best = int(fullest.argmin())
+        np.add.at(self._arrivals, bins[best], 1.0)
+        times_s: list[float] = placed_s[best].tolist()
         return times_s

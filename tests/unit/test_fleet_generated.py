@@ -79,10 +79,18 @@ def test_chats_keep_the_published_limits() -> None:
         assert chat_figures(seed)["longest_output"] <= 128
 
 
+@pytest.mark.parametrize("rate_scale", [1.0, 4.0])
+def test_chats_arrive_evenly_once_the_first_users_are_there(rate_scale: float) -> None:
+    at_s = np.array([turn.at_s for turn in chat_turns(0, rate_scale)])
+    counts = np.histogram(at_s, 10, (0.0, 1_800.0 / rate_scale))[0] / (len(at_s) / 10)
+    assert counts[1:-1] == pytest.approx([1.06] * 8, abs=0.06)
+    assert min(counts[0], counts[-1]) > 0.5
+
+
 def test_chats_arrive_as_much_faster_as_asked_for() -> None:
     faster = chat_turns(0, 3.0)
     assert len(faster) == chat_figures(0)["requests"]
-    assert faster[-1].at_s == pytest.approx(chat_figures(0)["span_s"] / 3.0, rel=0.05)
+    assert faster[-1].at_s == pytest.approx(chat_figures(0)["span_s"] / 3.0, rel=0.02)
 
 
 def test_a_rate_that_leaves_no_time_for_answers_is_refused() -> None:
