@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import itertools
 import sys
+import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gorgo_plugin.cli import main as command
+from gorgo_plugin.fleet.engine import PROFILES, EngineProfile
+from gorgo_plugin.fleet.topology import Fleet
 from gorgo_plugin.policies import POLICIES
 from gorgo_plugin.runtime.metrics import DERIVED, EVENTS, Family
 from gorgo_plugin.settings import PUBLISHED_WEIGHTS, Settings
@@ -25,7 +32,12 @@ _TYPE_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or
 
 def pages() -> dict[str, str]:
     """File name -> content of every generated page."""
-    return {"settings.md": settings_page(), "cli.md": cli_page(), "metrics.md": metrics_page()}
+    return {
+        "settings.md": settings_page(),
+        "cli.md": cli_page(),
+        "metrics.md": metrics_page(),
+        "fleets.md": fleets_page(),
+    }
 
 
 def settings_page() -> str:
@@ -43,6 +55,51 @@ def settings_page() -> str:
     for path, schema in (*_schemas(Settings, ""), *_schemas(DeploymentSettings, "model_info.gorgo")):
         parts += [f"## {f'`{path}`' if path else 'Top level'}", *_intro(schema, path), _settings_table(schema, path)]
     return "\n\n".join(parts) + "\n"
+
+
+def fleets_page() -> str:
+    """Every field of a fleet file with its type, default and meaning."""
+    parts = [
+        "# Fleet files",
+        GENERATED,
+        "YAML files that `gorgo simulate --fleet` reads. Unknown keys are refused. `examples/fleets` has some.",
+    ]
+    for path, schema in _schemas(Fleet, ""):
+        kind = schema.model_fields.get("kind")
+        of_kind = f" of kind {_type_text(kind)}" if kind is not None else ""
+        heading = f"## `{path}`{of_kind}" if path else "## Top level"
+        parts += [heading, *_intro(schema, path), _settings_table(schema, path)]
+    parts += [
+        "## `replicas[].engine`",
+        f"What differs from the profile named by `profile`: {', '.join(f'`{name}`' for name in PROFILES)}. Without it "
+        "`linear`, whose values are shown. Unlike a mock's, a fleet's engines take prompts of up to 1,048,576 tokens.",
+        _engine_table(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _engine_table() -> str:
+    meanings = _field_docstrings(EngineProfile)
+    rows = [
+        (f"`{field.name}`", f"`{field.default:,}`".replace(",", "_"), meanings[field.name])
+        for field in dataclasses.fields(EngineProfile)
+    ]
+    return table(("Field", "Default", "Meaning"), rows)
+
+
+def _field_docstrings(schema: type[Any]) -> dict[str, str]:
+    """The strings that follow a class's fields in its source, by field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: text.value.value
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _schemas(schema: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -87,7 +144,8 @@ def _annotation_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         inner, *rest = arguments
         return _annotation_text(inner, [item for entry in rest for item in getattr(entry, "metadata", [entry])])
     if origin in (Union, types.UnionType):
-        return " or ".join("none" if a is type(None) else _annotation_text(a, metadata) for a in arguments)
+        texts = ["none" if a is type(None) else _annotation_text(a, metadata) for a in arguments]
+        return " or ".join(dict.fromkeys(texts))
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin is list:
@@ -96,6 +154,8 @@ def _annotation_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"mapping of name to {_annotation_text(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
+    if annotation is EngineProfile:
+        return "text or mapping"
     return " ".join([_TYPE_NAMES.get(annotation, str(annotation)), *filter(None, map(_bound_text, metadata))])
 
 
@@ -111,7 +171,7 @@ def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default = field.default
-    if isinstance(default, BaseModel):
+    if isinstance(default, BaseModel | EngineProfile):
         return "see below"
     if default is None or default in ([], {}):
         return "none"

@@ -40,6 +40,7 @@ class Target:
         sites: the replica, or those behind the other gateway.
         gateway: the other gateway.
         refused: probes in a row that were.
+        latest_s: when the last request arrives there.
         told_s: when the last KV events arrive.
     """
 
@@ -47,7 +48,13 @@ class Target:
     sites: list[Site]
     gateway: Gateway | None = None
     refused: int = 0
+    latest_s: float = 0.0
     told_s: float = 0.0
+
+    def arrival_s(self, sent_s: float) -> float:
+        """When a request sent now arrives: jitter is made by queues, in which nothing overtakes what went before."""
+        self.latest_s = max(sent_s + self.link.one_way_s(sent_s), self.latest_s)
+        return self.latest_s
 
     def gauges(self) -> EngineGauges | None:
         """What the engines there say of themselves now; None while none runs."""

@@ -176,7 +176,7 @@ class Replay:
             served.predicted_network_ms, served.predicted_queue_ms = cost.network_ms, cost.queue_ms
             served.predicted_prefill_ms, served.predicted_ms = cost.prefill_ms, cost.predicted_ttft_ms
         call.legs.append(Leg(gateway, target, decision.flight_id))
-        arrival_s = self.now_s + target.link.one_way_s(self.now_s)
+        arrival_s = target.arrival_s(self.now_s)
         if target.gateway is not None:
             self.at(arrival_s, self._dispatch, call, target.gateway)
         else:

@@ -151,3 +151,18 @@ def test_health_and_earlier_attempts_come_before_price(tiers: list[int], row: in
     choice = choose("gorgo", view(), tiers)
     assert (choice.row, choice.reason) == (row, reason)
     assert sorted(choice.ranked) == [0, 1, 2]
+
+
+def test_v1_distributed_stays_local_while_a_local_replica_has_room() -> None:
+    seen = view(
+        network_ms=[1.0, 1.2, 60.0], waiting=[9.0, 2.0, 0.0], decoding=[0.0, 2.0, 0.0], cached_tokens=[0.0, 0.0, 999.0]
+    )
+    assert choose("gorgo-v1-distributed", seen).row == 1
+
+
+def test_v1_distributed_compares_busy_local_replicas_with_peers_by_network_and_uncached_tokens_alone() -> None:
+    busy = {"network_ms": [1.0, 60.0, 90.0], "waiting": [3.0, 50.0, 0.0], "decoding": [2.0, 0.0, 0.0]}
+    tokens = {"queued_prompt_tokens": [2000.0, 9e5, 0.0], "decoding_prompt_tokens": [1000.0, 0.0, 0.0]}
+    scores = POLICIES["gorgo-v1-distributed"].scores(view(**busy, **tokens, cached_tokens=[900.0, 0.0, 800.0]))
+    expected = [0.094 * (0.5 * 1000 + 2000 + 100), 60 + 0.094 * 1000, 90 + 0.094 * 200]
+    assert scores == pytest.approx(expected, abs=1e-3)
