@@ -278,6 +278,7 @@ def bench_routing(
     from gorgo_plugin.fleet.bench_routing import measure
     from gorgo_plugin.fleet.bench_routing_plan import PARTS, QUICK_LIMIT, QUICK_SEEDS, Plan
     from gorgo_plugin.fleet.bench_routing_report import content, tables
+    from gorgo_plugin.fleet.simulation_show import TABLE_COLUMNS
 
     names = [name.strip() for name in parts.split(",")] if parts else list(PARTS)
     unknown = [name for name in names if name not in PARTS]
@@ -286,6 +287,7 @@ def bench_routing(
     numbers = tuple(range(seeds)) if seeds else QUICK_SEEDS if quick else Plan().seeds
     plan = Plan(trace, numbers, QUICK_LIMIT if quick else None)
     console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)
     with Progress(console=console) as progress:
         task = progress.add_task("simulated runs")
         measured = measure(

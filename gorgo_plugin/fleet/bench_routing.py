@@ -15,6 +15,7 @@ from gorgo_plugin.fleet.bench_routing_plan import (
     EVENT_S,
     EVENTS,
     PARTS,
+    UNDISTURBED,
     Entry,
     Plan,
     held_out_windows,
@@ -84,7 +85,7 @@ def measure(
         tables=tables,
         cells=found,
         checks=checks(found) + sweep_checks(tables.get("load", [])),
-        disturbed=[_disturbed(table) for table in tables.get("disturbances", [])],
+        disturbed=_disturbed(tables.get("disturbances", [])),
         left_out=_left_out(plan, parts),
     )
 
@@ -93,9 +94,17 @@ def _with_results(entries: Sequence[Entry], results: Mapping[str, Result]) -> li
     return [(entry, results[entry.job.key()]) for entry in entries]
 
 
-def _disturbed(table: Table) -> Disturbed:
-    best_from_s = EVENT_S + float(EVENTS[table.case].get("for_s", 0.0))
-    return Disturbed(table.case, {row: recovery(runs, EVENT_S, best_from_s) for row, runs in table.rows.items()})
+def _disturbed(tables: Sequence[Table]) -> list[Disturbed]:
+    by_case = {table.case: table for table in tables}
+    calm = by_case.pop(UNDISTURBED, None)
+    if calm is None:
+        return []
+    found = []
+    for case, table in by_case.items():
+        best_from_s = EVENT_S + float(EVENTS[case].get("for_s", 0.0))
+        rows = {row: recovery(runs, calm.rows[row], EVENT_S, best_from_s) for row, runs in table.rows.items()}
+        found.append(Disturbed(case, rows))
+    return found
 
 
 def _left_out(plan: Plan, parts: Sequence[str]) -> list[str]:

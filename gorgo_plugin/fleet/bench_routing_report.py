@@ -109,12 +109,13 @@ def _means(pairs: Sequence[Sequence[float | None]]) -> list[float]:
 
 def _recoveries(disturbed: Disturbed) -> RichTable:
     made = _plain(
-        f"{disturbed.event}: p95 TTFT in ms",
-        ("row", "before", "worst", "new best", "within 10% of it after"),
+        disturbed.event,
+        ("row", "p95 before", "worst", "new best", "within 10% of it after"),
+        "TTFT p95 in ms; worst and new best as a multiple of that of the same requests without the event.",
     )
     for row, found in disturbed.rows.items():
         settled = "not before the end" if found.settled_s is None else f"{found.settled_s:.0f} s"
-        made.add_row(row, *(f"{ms:,.0f}" for ms in (found.before_ms, found.worst_ms, found.best_ms)), settled)
+        made.add_row(row, f"{found.before_ms:,.0f}", f"{found.worst:,.2f}", f"{found.best:,.2f}", settled)
     return made
 
 
