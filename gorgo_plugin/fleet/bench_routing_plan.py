@@ -21,6 +21,7 @@ TRACE_STRETCHES = (3.0, 2.0)
 UTILISATIONS = (0.2, 0.5, 0.8)
 SWEPT_ROWS = (OURS, "prefix-similarity", "session-affinity", "nearest", "least-request", "prefix-cache")
 WINDOW_ROWS = (OURS, "session-affinity", "least-load", "least-request", "prefix-cache")  # the second paper's table
+WINDOWS = Source(workload="art-chat")
 HELD_OUT_SEEDS = (10_000, 20_000)  # added to the seed of the tuning window
 _KV_TOKENS = 8_000_000  # the caches of routing.md's fleets, which hold a window
 
@@ -105,6 +106,10 @@ HACKING_ROWS = (
     Row("gorgo W_queue 0.01", {"weights": {"rtt": 1.0, "queue": 0.01}}),
     Row("gorgo-paper W_queue 0", {"policy": "gorgo-paper", "weights": {"rtt": 0.276, "queue": 0.0}}),
 )
+# A tuner that begins where the paper's may end.
+HACKED_TUNER = Row(
+    "gorgo online from W_queue 0.05", {"weights": {"rtt": 1.0, "queue": 0.05}, "tuning": {"mode": "online"}}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,7 @@ class Plan:
     Attributes:
         trace: Mooncake-format file; None leaves the cells of the trace out.
         seeds: of every cell.
-        limit: first requests of each run of the grid and the windows; None: all.
+        limit: first requests of each run of the grid and of `components`; None: all.
     """
 
     trace: Path | None = None
@@ -208,6 +213,8 @@ def offered_load(requests: list[ReplayRequest], fleet: Fleet) -> float:
 def hacking(plan: Plan) -> list[Entry]:
     """Chats on the wide fleet with weights at which the queue is free of charge, beside the usual ones."""
     rows = [ROWS[OURS], HACKING_ROWS[0], ROWS["gorgo-paper:art-chat"], HACKING_ROWS[1], ROWS["nearest"]]
+    if tuner_is_there():
+        rows.append(HACKED_TUNER)
     source = Source(workload="art-chat", time_scale=HACKING_TIME_SCALE)
     return [Entry("art-chat", WIDE, Job(row, FLEETS[WIDE], source, seed)) for row in rows for seed in plan.seeds]
 
@@ -240,9 +247,8 @@ def _with_event(fleet: Fleet, event: Mapping[str, Any]) -> Fleet:
 
 def tuning_windows(plan: Plan) -> list[Entry]:
     """The first windows, in which online rows learn their weights."""
-    source = Source(workload="art-chat", limit=plan.limit)
     return [
-        Entry("tuning window", WIDE, Job(row, FLEETS[WIDE], source, seed))
+        Entry("tuning window", WIDE, Job(row, FLEETS[WIDE], WINDOWS, seed))
         for row in online_rows()
         for seed in plan.seeds
     ]
@@ -250,7 +256,6 @@ def tuning_windows(plan: Plan) -> list[Entry]:
 
 def held_out_windows(plan: Plan, learned: Iterable[tuple[Entry, Result]]) -> Iterator[Entry]:
     """Windows of other users: rows that learned nothing, and those that did, their weights frozen or tuned on."""
-    source = Source(workload="art-chat", limit=plan.limit)
     rows = [(ROWS[name], seed) for name in WINDOW_ROWS for seed in plan.seeds]
     for entry, result in learned:
         row, weights = entry.job.row, dict(zip(("rtt", "queue"), result.weights, strict=True))
@@ -259,7 +264,7 @@ def held_out_windows(plan: Plan, learned: Iterable[tuple[Entry, Result]]) -> Ite
         rows.append((Row(row.name.replace("online", "frozen"), {**fixed, "weights": weights}), entry.job.seed))
     for number, ahead in enumerate(HELD_OUT_SEEDS, 1):
         for row, seed in rows:
-            yield Entry(f"held-out window {number}", WIDE, Job(row, FLEETS[WIDE], source, seed + ahead))
+            yield Entry(f"held-out window {number}", WIDE, Job(row, FLEETS[WIDE], WINDOWS, seed + ahead))
 
 
 PARTS: Mapping[str, Callable[[Plan], list[Entry]]] = {

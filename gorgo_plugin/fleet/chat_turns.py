@@ -162,7 +162,7 @@ class _Window:
         return self._tree.grow(prompt, int(self._rng.integers(fewest, most + 1)))
 
     def _times_s(self, answers_s: list[float]) -> list[float]:
-        """Arrivals of a user's turns, each after the answer before it, and all within the window."""
+        """Arrivals of a user's turns: each after the answer before it, all in the window, where it is emptiest."""
         window_s = self._settings.window_s / self._rate_scale
         waits_s = np.array(answers_s)
         thinks_s = self._rng.exponential(self._settings.think_s / self._rate_scale, len(answers_s))

@@ -202,7 +202,8 @@ def test_without_a_tuner_its_rows_are_left_out_with_a_sentence(monkeypatch: pyte
     monkeypatch.setattr("gorgo_plugin.fleet.bench_routing.tuner_is_there", lambda: False)
     monkeypatch.setattr(bench_routing_plan, "tuner_is_there", lambda: False)
     monkeypatch.setattr(bench_routing_plan, "WINDOW_ROWS", ("nearest",))
-    measured = measure(Plan(seeds=(0,), limit=40), ["windows"], tmp_path, 1)
+    monkeypatch.setattr(bench_routing_plan, "WINDOWS", CHAT)
+    measured = measure(Plan(seeds=(0,)), ["windows"], tmp_path, 1)
     assert [found.case for found in measured.tables["windows"]] == ["held-out window 1", "held-out window 2"]
     assert measured.left_out == [WITHOUT_TUNER]
 
