@@ -161,7 +161,7 @@ def test_a_row_that_an_event_does_not_touch_has_recovered_at_once() -> None:
 
 
 def test_a_lull_does_not_count_as_recovery() -> None:
-    assert recovered({0.0: 1.0, 400.0: 5.0, 500.0: 1.0, 545.0: 4.0, 700.0: 1.0})[2] == pytest.approx(300.0, abs=5.0)
+    assert recovered({0.0: 1.0, 400.0: 5.0, 500.0: 1.0, 555.0: 4.0, 700.0: 1.0})[2] == pytest.approx(300.0, abs=5.0)
 
 
 def test_a_row_that_is_worst_at_the_end_has_not_recovered() -> None:
