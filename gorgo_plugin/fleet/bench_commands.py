@@ -271,12 +271,14 @@ def bench_routing(
     The grid of workloads and fleets, a load sweep, held-out windows after tuning, weights at which the queue is free,
     predicted against measured latency, and fleets that change meanwhile. Takes under two hours on 4 cores.
     """
+    import dataclasses
+
     import msgspec
     from rich.console import Console
     from rich.progress import Progress
 
     from gorgo_plugin.fleet.bench_routing import measure
-    from gorgo_plugin.fleet.bench_routing_plan import PARTS, QUICK_LIMIT, QUICK_SEEDS, Plan
+    from gorgo_plugin.fleet.bench_routing_plan import PARTS, Plan, quick_plan
     from gorgo_plugin.fleet.bench_routing_report import content, tables
     from gorgo_plugin.fleet.simulation_show import TABLE_COLUMNS
 
@@ -284,8 +286,8 @@ def bench_routing(
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise click.BadParameter(f"unknown part '{unknown[0]}'; known: {', '.join(PARTS)}", param_hint="--parts")
-    numbers = tuple(range(seeds)) if seeds else QUICK_SEEDS if quick else Plan().seeds
-    plan = Plan(trace, numbers, QUICK_LIMIT if quick else None)
+    plan = quick_plan(trace) if quick else Plan(trace)
+    plan = plan if seeds is None else dataclasses.replace(plan, seeds=tuple(range(seeds)))
     console = Console()
     console.width = max(console.width, TABLE_COLUMNS)
     with Progress(console=console) as progress:

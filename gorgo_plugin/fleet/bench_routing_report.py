@@ -30,7 +30,8 @@ TITLES = {
     "windows": "windows",
 }
 _GAUGES_MARK = "°"
-_GAUGES_CAPTION = f"{_GAUGES_MARK} decides by engine gauges, which it gets once a second, so up to a second old."
+_GAUGES_CAPTION = f" {_GAUGES_MARK} decides by engine gauges, which it gets once a second, so up to a second old."
+_RATIOS = {"ratio p50": FIGURES[0], "p95": FIGURES[1], "E2E p95": FIGURES[3]}
 _KEPT_FIGURES = (*FIGURES, "e2e_p50_ms", "hit_rate", "region_shares", "prefill_shares", "requests")
 
 
@@ -59,18 +60,17 @@ def _plain(title: str, headings: Sequence[str], caption: str | None = None) -> R
 
 
 def _figures(title: str, table: Table) -> RichTable:
-    """One line per row, in ms; the last columns are gorgo's figure over the row's."""
+    """One line per row, in ms; the last columns are gorgo's figures over the row's."""
     marked = [row for row in table.rows if row in ROWS and ROWS[row].reads_gauges]
-    over = [f"{OURS} over it {HEADINGS[name].removeprefix('TTFT ')}" for name in FIGURES if name != FIGURES[2]]
-    headings = ("row", *HEADINGS.values(), "cached", *(over if OURS in table.rows else ()))
-    made = _plain(title, headings, _GAUGES_CAPTION if marked else None)
+    caption = f"Ratios: {OURS} over the row." + (_GAUGES_CAPTION if marked else "")
+    compared = _RATIOS if OURS in table.rows else {}
+    made = _plain(title, ("row", *HEADINGS.values(), "cached", *compared), caption)
     for row in table.rows:
-        ratios = [table.ratio(OURS, row, name) for name in FIGURES if name != FIGURES[2]] if OURS in table.rows else []
         made.add_row(
             row + (_GAUGES_MARK if row in marked else ""),
             *(f"{table.figure(row, name):,.0f}" for name in FIGURES),
             f"{table.mean(row, 'hit_rate'):.1%}",
-            *("-" if row == OURS else f"{ratio:.2f}" for ratio in ratios),
+            *("-" if row == OURS else f"{table.ratio(OURS, row, name):.2f}" for name in compared.values()),
         )
     return made
 
@@ -124,7 +124,7 @@ def _cells(cells: Sequence[Cell]) -> RichTable:
     for cell in cells:
         made.add_row(
             f"{cell.case} on {cell.fleet}",
-            *(f"{against.ratio:.2f} {against.row}" for against in cell.against.values()),
+            *(f"{against.ratio:.2f}\n{against.row}" for against in cell.against.values()),
         )
     return made
 
