@@ -48,7 +48,9 @@ def finer_keys(coarse: Sequence[int], prompt_tokens: int, coarse_tokens: int, bl
         raise ValueError(f"block_tokens: expected a divisor of {coarse_tokens}, got {block_tokens}")
     if len(coarse) * coarse_tokens < prompt_tokens:
         raise ValueError(f"{len(coarse)} blocks of {coarse_tokens} tokens do not cover {prompt_tokens} tokens")
-    keys = [identity * factor + part for identity in coarse for part in range(factor)]
+    keys: list[int] = []
+    for identity in coarse:
+        keys.extend(range(identity * factor, (identity + 1) * factor))
     return keys[: prompt_tokens // block_tokens]
 
 

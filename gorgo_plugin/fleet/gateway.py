@@ -89,6 +89,7 @@ _POLICIES = (
     "prefix-cache",
     "prefix-similarity",
     "gorgo-v1-proxy",
+    "gorgo-v1-distributed",
     "gorgo-paper",
     "gorgo",
 )

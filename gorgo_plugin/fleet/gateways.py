@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gorgo_plugin.fleet.engine import Engine
 from gorgo_plugin.fleet.links import Link, Links
@@ -17,18 +18,23 @@ from gorgo_plugin.signals import EngineGauges
 
 @dataclass(slots=True)
 class Site:
-    """One replica: its engine, whether it runs, and the requests there by the engine's id."""
+    """One replica: its engine, how many events keep it down, and the requests there by the engine's id."""
 
     number: int
     replica: FleetReplica
     engine: Engine
-    up: bool = True
+    downs: int = 0
     calls: dict[Hashable, Call] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Its name."""
         return self.replica.name
+
+    @property
+    def up(self) -> bool:
+        """Whether it runs."""
+        return not self.downs
 
 
 @dataclass(slots=True)
@@ -90,6 +96,18 @@ class Gateway:
         return POLICIES[self.router.settings.policy].reads_gauges
 
 
+class Routers:
+    """Makes the routers of the gateways, one after the other, from the snapshots that are given for them."""
+
+    def __init__(self, clock: Callable[[], float], states: Sequence[Mapping[str, Any]]) -> None:
+        self._clock = clock
+        self._states = iter(states)
+
+    def next(self, settings: Settings) -> Router:
+        """One more."""
+        return Router(settings, self._clock, next(self._states, None))
+
+
 @dataclass(frozen=True, slots=True)
 class Door:
     """Where the requests of one client region enter; `link` is None where there is no way to go."""
@@ -101,7 +119,7 @@ class Door:
 
 
 def plain_gateways(
-    settings: Settings, fleet: Fleet, sites: Sequence[Site], links: Links, clock: Callable[[], float]
+    settings: Settings, fleet: Fleet, sites: Sequence[Site], links: Links, routers: Routers
 ) -> list[Gateway]:
     """The fleet's gateways, each of which routes to every replica."""
     known = settings.replicas or [_replica_settings(site) for site in sites]
@@ -109,7 +127,7 @@ def plain_gateways(
     return [
         Gateway(
             gateway.region,
-            Router(told, clock),
+            routers.next(told),
             {site.name: Target(links.between(gateway.region, site.replica.region), [site]) for site in sites},
             [],
         )
@@ -118,7 +136,7 @@ def plain_gateways(
 
 
 def distributed_gateways(
-    settings: Settings, fleet: Fleet, sites: Sequence[Site], links: Links, clock: Callable[[], float]
+    settings: Settings, fleet: Fleet, sites: Sequence[Site], links: Links, routers: Routers
 ) -> list[Gateway]:
     """A balancer in each region that has replicas: it routes to them, or to the balancer of another region.
 
@@ -132,7 +150,7 @@ def distributed_gateways(
         peers = [_peer_settings(peer, behind) for peer, behind in by_region.items() if peer != region]
         told = settings.model_copy(update={"replicas": own + peers, "block_tokens": fleet.block_tokens})
         targets = {site.name: Target(links.between(region, region), [site]) for site in local}
-        balancers[region] = Gateway(region, Router(told, clock), targets, list(targets))
+        balancers[region] = Gateway(region, routers.next(told), targets, list(targets))
     for region, balancer in balancers.items():
         for peer, behind in by_region.items():
             if peer != region:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.fleet.block_cache import Change, Cleared, Removed
 from gorgo_plugin.fleet.engine import Engine, EngineRequest, Event, Finished, FirstToken
-from gorgo_plugin.fleet.gateways import Door, Gateway, Site, Target, distributed_gateways, doors, plain_gateways
+from gorgo_plugin.fleet.gateways import (
+    Door,
+    Gateway,
+    Routers,
+    Site,
+    Target,
+    distributed_gateways,
+    doors,
+    plain_gateways,
+)
 from gorgo_plugin.fleet.links import Links
 from gorgo_plugin.fleet.requests import Call, Leg, ReplayRequest, Served
 from gorgo_plugin.fleet.topology import DownEvent, Fleet, FleetError, FleetEvent, RttEvent, SlowEvent
@@ -34,6 +43,7 @@ class Replay:
         fleet: engines, gateways, clients, links and events.
         seed: seeds engines, links and where a session's clients are.
         distributed: a balancer in each region that has replicas, instead of the fleet's gateways.
+        states: snapshots that the gateways' routers begin with, in their order; none given: they begin with nothing.
         usage: whether answers end with the engine's usage, as `stream_options.include_usage` asks for.
         kv_events: whether the engines publish what they store and evict.
         on_served: called when a request's answer is complete.
@@ -46,6 +56,7 @@ class Replay:
         *,
         seed: int = 0,
         distributed: bool = False,
+        states: Sequence[Mapping[str, Any]] = (),
         usage: bool = True,
         kv_events: bool = False,
         on_served: Callable[[], None] = lambda: None,
@@ -62,7 +73,8 @@ class Replay:
             for number, replica in enumerate(fleet.replicas)
         ]
         stand = distributed_gateways if distributed else plain_gateways
-        self.gateways = stand(settings, fleet, self.sites, self._links, lambda: self.now_s)
+        routers = Routers(lambda: self.now_s, states)
+        self.gateways = stand(settings, fleet, self.sites, self._links, routers)
         self._doors = doors(fleet, self.gateways, self._links, as_told=not distributed)
         self._queue: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._order = 0
@@ -310,10 +322,10 @@ class Replay:
         elif isinstance(event, SlowEvent):
             self._site(event.replica).engine.change_speed(1.0 / event.factor, self.now_s)
         elif isinstance(event, DownEvent):
-            self._site(event.replica).up = True
+            self._site(event.replica).downs -= 1
 
     def _die(self, site: Site) -> None:
-        site.up = False
+        site.downs += 1
         for identity in site.engine.restart(self.now_s):
             call = site.calls.pop(identity)
             self._answer(call, len(call.legs) - 1, "rejected", self.now_s)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from gorgo_plugin.errors import GorgoError
 from gorgo_plugin.policies import POLICIES
-from gorgo_plugin.settings import did_you_mean
+from gorgo_plugin.settings import Settings, did_you_mean
 
 
 class RowError(GorgoError, ValueError):
@@ -63,12 +66,32 @@ def row_named(name: str) -> Row:
     return ROWS[name]
 
 
+def row_of_file(path: Path) -> Row:
+    """A router's settings in a YAML file as a row of that name; the replicas that it lists are left out.
+
+    Raises:
+        RowError: it cannot be read or holds no mapping.
+        SettingsError: a setting is wrong.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RowError(f"policies: {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise RowError(f"policies: {path}: expected a mapping of settings")
+    settings.pop("replicas", None)
+    Settings.model_validate(settings)
+    return Row(path.stem, settings)
+
+
 def rows_named(names: Sequence[str]) -> list[Row]:
-    """The rows of these names, in their order.
+    """The rows of these names, in their order; a name that ends in .yaml or .yml is a file of settings.
 
     Raises:
         RowError: there is none of that name, or one is named twice.
+        SettingsError: a setting in a file is wrong.
     """
-    if len(set(names)) < len(names):
+    rows = [row_of_file(Path(name)) if name.endswith((".yaml", ".yml")) else row_named(name) for name in names]
+    if len({row.name for row in rows}) < len(rows):
         raise RowError(f"policies: a row is named twice in {', '.join(names)}")
-    return [row_named(name) for name in names]
+    return rows

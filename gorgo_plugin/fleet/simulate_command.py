@@ -20,7 +20,9 @@ from gorgo_plugin.fleet.rows import ROWS
     type=click.Path(dir_okay=False, path_type=Path),
     help="YAML file of regions, engines, gateways, clients, links and events; examples/fleets has some.",
 )
-@click.option("--policies", default="gorgo,least-request,prefix-cache,session-affinity", help="Comma-separated rows.")
+@click.option(
+    "--policies", default="gorgo,least-request,prefix-cache,session-affinity", help="Comma-separated rows, or files."
+)
 @click.option("--time-scale", default=1.0, type=click.FloatRange(0.01, 1000), help="Stretches arrivals; 2 halves load.")
 @click.option("--requests", "limit", type=click.IntRange(1), help="First requests served; without it all.")
 @click.option("--seeds", default=1, type=click.IntRange(1, 1000), help="Runs of each row, each with its own seed.")
@@ -78,4 +80,7 @@ def simulate(
         console.print("Plots: " + ", ".join(str(path) for path in write_plots(plots, [runs[0] for runs in outcomes])))
 
 
-simulate.epilog = f"Rows: {', '.join(ROWS)}."
+simulate.epilog = (
+    f"Rows: {', '.join(ROWS)}. A name that ends in .yaml is a file of a router's settings, as gorgo.yaml; its replicas "
+    "are left out."
+)

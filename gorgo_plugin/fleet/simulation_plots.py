@@ -14,6 +14,7 @@ from gorgo_plugin.fleet.simulator import Learned, Outcome
 WINDOWS = 60  # of a run, in which shares are counted
 _PANEL = (5.0, 3.2)  # inches
 _RATES = ("ms_per_token",)
+_COLOURS, _STYLES = 10, ("-", "--", ":")  # of lines: matplotlib's colours repeat after ten
 
 
 def write_plots(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
@@ -40,10 +41,12 @@ def write_plots(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
 
 def _distributions(pyplot: Any, outcomes: Sequence[Outcome]) -> Any:
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for outcome in outcomes:
+    for number, outcome in enumerate(outcomes):
         times = np.sort(outcome.ttft_ms)
         heights = np.arange(1, len(times) + 1) / len(times)
-        axes.step(times, heights, where="post", label=outcome.row, linewidth=2.5 if outcome is outcomes[0] else 1.3)
+        style = _STYLES[number // _COLOURS % len(_STYLES)]
+        width = 2.5 if number == 0 else 1.3
+        axes.step(times, heights, where="post", label=outcome.row, linewidth=width, linestyle=style)
     axes.set(xscale="log", xlabel="time to first token (ms)", ylabel="share of requests", ylim=(0, 1))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")

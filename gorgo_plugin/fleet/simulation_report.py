@@ -180,7 +180,7 @@ def table(shown: Sequence[Line]) -> Table:
         pad_edge=False,
     )
     made.add_column("row", no_wrap=True)
-    for heading in ("TTFT p50", "p95", "p99", "E2E p50", "p95", "cached", "/".join(regions), "ratio p50", "ratio p95"):
+    for heading in ("TTFT p50", "p95", "p99", "E2E p50", "p95", "cached", "/ ".join(regions), "ratio p50", "ratio p95"):
         made.add_column(heading, justify="right")
     for line in shown:
         made.add_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from gorgo_plugin.fleet.replay import Replay
 from gorgo_plugin.fleet.requests import ReplayRequest, Served
 from gorgo_plugin.fleet.rows import Row, row_named
 from gorgo_plugin.fleet.topology import Fleet
+from gorgo_plugin.fleet.workload import WorkloadError
 from gorgo_plugin.settings import Settings
 
 HISTORY_POINTS = 240  # a plot shows no more
@@ -52,6 +53,7 @@ class Outcome:
         prefill_share: share of the run that each replica spent on prefill, shape (replicas,).
         busy_share: share that it spent in steps of any kind.
         learned: one per gateway.
+        states: what each gateway's router knew at the end, as `Router.snapshot` gives it.
     """
 
     row: str
@@ -65,6 +67,7 @@ class Outcome:
     prefill_share: NDArray[np.float64]
     busy_share: NDArray[np.float64]
     learned: tuple[Learned, ...]
+    states: tuple[dict[str, Any], ...]
 
     @property
     def ttft_ms(self) -> NDArray[np.float64]:
@@ -132,6 +135,7 @@ def simulate(
     requests: Sequence[ReplayRequest],
     seed: int = 0,
     *,
+    states: Sequence[Mapping[str, Any]] = (),
     usage: bool = True,
     on_served: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -142,6 +146,8 @@ def simulate(
         fleet: where it is served.
         requests: in order of arrival.
         seed: of engines, links, routers and clients.
+        states: `Outcome.states` of a run of the same row and fleet, from which the routers go on; none given: they
+            begin with what their settings say.
         usage: whether engines report what they counted, as `stream_options.include_usage` asks for.
         on_served: called when a request's answer is complete.
 
@@ -149,13 +155,17 @@ def simulate(
         RowError: no row has that name.
         FleetError: the fleet cannot serve this row or these requests.
         SettingsError: the row's settings are wrong.
+        WorkloadError: there are no requests.
     """
+    if not requests:
+        raise WorkloadError("requests: there are none")
     if isinstance(row, Settings):
         shown, settings = Row(row.policy), row.model_copy(update={"seed": seed})
     else:
         shown = row_named(row) if isinstance(row, str) else row
-        settings = Settings.model_validate({"seed": seed, **shown.settings})
-    replay = Replay(settings, fleet, seed=seed, distributed=shown.distributed, usage=usage, on_served=on_served)
+        settings = Settings.model_validate({**shown.settings, "seed": seed})
+    options: dict[str, Any] = {"seed": seed, "states": states, "usage": usage, "on_served": on_served}
+    replay = Replay(settings, fleet, distributed=shown.distributed, **options)
     history = _History(replay, requests[-1].at_s)
     served = sorted(replay.run(requests), key=lambda one: one.index)
     return _outcome(shown.name, seed, replay, served, history)
@@ -179,6 +189,7 @@ def _outcome(row: str, seed: int, replay: Replay, served: Sequence[Served], hist
         prefill_share=np.array([one.prefill_s for one in gauges]) / replay.now_s,
         busy_share=np.array([one.busy_s for one in gauges]) / replay.now_s,
         learned=history.learned(),
+        states=tuple(gateway.router.snapshot() for gateway in replay.gateways),
     )
 
 

@@ -51,7 +51,7 @@ def test_the_table_tells_who_gets_gauges_late_and_what_is_compared(trace: Path, 
     shown = " ".join(done.output.split())
     assert "least-load°" in shown
     assert "up to a second old" in shown
-    assert "us-east/us-west/eu-west" in shown
+    assert "us-east/ us-west/ eu-west" in shown
     content = figures(file)
     assert content["workload"] == {"name": "trace.jsonl", "requests": 40, "time_scale": 2.0}
     first, second = content["rows"]
@@ -102,6 +102,19 @@ def test_errors_of_a_run_in_another_process_are_explained_too(trace: Path, tmp_p
     done = simulate("--trace", trace, "--policies=gorgo,random", "--jobs=2", fleet=path)
     assert "replicas.0.engine: request 0 of the workload" in " ".join(done.output.split())
     assert done.exit_code == 1
+
+
+def test_a_file_of_settings_is_a_row(trace: Path, tmp_path: Path) -> None:
+    path, file = tmp_path / "mine.yaml", tmp_path / "figures.json"
+    path.write_text("replicas: [{name: a, url: 'http://a:80'}]\nweights: {rtt: 2, queue: 0.5}\nseed: 9\n")
+    done = simulate("--trace", trace, "--policies", f"gorgo,{path}", "--jobs=1", "--json", file)
+    assert done.exit_code == 0, done.output
+    assert figures(file)["rows"][1]["name"] == "mine"
+    assert figures(file)["rows"][1]["settings"]["weights"] == {"rtt": 2, "queue": 0.5}
+    path.write_text("weight: 1\n")
+    assert "weight: unknown setting (did you mean 'weights'?)" in simulate("--trace", trace, "--policies", path).output
+    path.write_text("[")
+    assert "cannot be read as YAML" in simulate("--trace", trace, "--policies", path).output
 
 
 def test_progress_counts_the_requests_of_all_runs(trace: Path) -> None:

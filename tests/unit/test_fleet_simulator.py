@@ -13,7 +13,7 @@ from gorgo_plugin.fleet.rows import ROWS, Row, RowError
 from gorgo_plugin.fleet.simulation_report import LEARNING_REQUESTS, figures, lines, prediction
 from gorgo_plugin.fleet.simulator import HISTORY_POINTS, Outcome, simulate
 from gorgo_plugin.fleet.topology import Fleet, FleetError
-from gorgo_plugin.fleet.workload import ConversationSettings, conversations
+from gorgo_plugin.fleet.workload import ConversationSettings, WorkloadError, conversations
 from gorgo_plugin.settings import Settings
 
 LINKS = [
@@ -171,6 +171,12 @@ def test_a_request_that_nobody_can_serve_waits_until_somebody_can() -> None:
     assert (outcome.e2e_ms > outcome.ttft_ms).all()
 
 
+def test_a_replica_is_down_until_the_last_of_its_outages_ends() -> None:
+    events = [{"kind": "down", "at_s": at_s, "for_s": 10, "replica": "east-1"} for at_s in (10, 15)]
+    outcome = simulate("gorgo", fleet(replicas=REPLICAS[2:], events=events), [lone(22.0)])
+    assert outcome.ttft_ms[0] > 3000
+
+
 def test_balancers_forward_at_most_once_and_only_when_their_own_engines_are_busy() -> None:
     sides = [{"region": "west"}, {"region": "east"}]
     both = fleet(gateways=sides, clients=sides[:1])
@@ -203,7 +209,8 @@ def test_settings_of_ones_own_can_be_simulated() -> None:
     outcome = simulate(settings, fleet(), requests())
     assert outcome.row == "gorgo"
     assert (outcome.learned[0].weights == (0.0, 5.0)).all()
-    assert same(outcome, simulate(Row("mine", {"weights": {"rtt": 0.0, "queue": 5.0}}), fleet(), requests()))
+    row = Row("mine", {"weights": {"rtt": 0.0, "queue": 5.0}, "seed": 7})  # the run's seed counts
+    assert same(outcome, simulate(row, fleet(), requests()))
 
 
 def test_an_unknown_row_is_refused() -> None:
@@ -211,11 +218,24 @@ def test_an_unknown_row_is_refused() -> None:
         simulate("gorgo-papr", fleet(), requests())
 
 
+def test_a_workload_without_requests_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="requests: there are none"):
+        simulate("gorgo", fleet(), [])
+
+
 def test_what_routers_learn_is_recorded_over_time() -> None:
     slow = [{**REPLICAS[0], "engine": {"a_ms": 0.3}}, *REPLICAS[1:]]
     (learned,) = simulate("gorgo", fleet(replicas=slow), requests()).learned
     assert learned.weights.shape == (HISTORY_POINTS + 1, 2)
     assert learned.rates["west-1"]["ms_per_token"][-1] > 2 * learned.rates["west-2"]["ms_per_token"][-1]
+
+
+def test_a_run_can_go_on_from_what_another_one_learned() -> None:
+    slow = fleet(replicas=[{**REPLICAS[0], "engine": {"a_ms": 0.3}}, *REPLICAS[1:]])
+    first = simulate("gorgo", slow, requests())
+    again = simulate("gorgo", slow, requests(), 1, states=first.states)
+    assert again.learned[0].rates["west-1"]["ms_per_token"][0] > 0.2
+    assert first.learned[0].weights.tolist() == again.learned[0].weights.tolist()
 
 
 def test_predictions_are_judged_after_a_while_by_error_and_rank() -> None:
