@@ -122,10 +122,13 @@ def test_goals_are_asked_of_geometric_means_and_of_the_worst_cell() -> None:
 def test_the_load_sweep_is_held_to_the_claims_of_the_papers() -> None:
     swept = {"gorgo": result(40, 84, 1, 1), "prefix-similarity": result(100, 1, 1, 1)}
     swept |= {"session-affinity": result(99, 100, 1, 1), "prefix-cache": result(1, 99, 1, 1)}
+    swept |= {"nearest": result(39, 1, 1, 1), "least-request": result(41, 1, 1, 1)}
     found = {(check.what, check.figure): check.verdict for check in sweep_checks([table("utilisation 0.5", swept)])}
     assert found == {
         ("utilisation 0.5, against prefix-similarity", P50): "goal",
         ("utilisation 0.5, against session-affinity", P50): "missed",
+        ("utilisation 0.5, against nearest", P50): "missed",
+        ("utilisation 0.5, against least-request", P50): "goal",
         ("utilisation 0.5, against session-affinity", P95): "goal",
         ("utilisation 0.5, against prefix-cache", P95): "missed",
     }
