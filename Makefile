@@ -50,6 +50,11 @@ bench-estimator: $(INSTALLED) ## How fast cached tokens are estimated, against t
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/gorgo bench estimator
 
+TRACE ?=
+.PHONY: bench-routing
+bench-routing: $(INSTALLED) ## Every policy of the papers on three simulated fleets; TRACE=file adds a trace to them
+	$(BIN)/gorgo bench routing $(if $(TRACE),--trace $(TRACE))
+
 .PHONY: soak
 soak: $(INSTALLED) ## Ten minutes of requests through Envoy, with clients that leave: nothing may grow or stay open
 	$(BIN)/gorgo soak

@@ -249,3 +249,56 @@ def bench_hostile(cold: int, tokens: int, prefixes: int, out: Path) -> None:
     figures = {"machine": machine(), "loop": list(map(asdict, loops)), "hostile": list(map(asdict, hostile))}
     (out / "bench-hostile.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
     console.print(f"Figures: {out / 'bench-hostile.json'}")
+
+
+@bench.command("routing")
+@click.option("--trace", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Mooncake-format file.")
+@click.option("--quick", is_flag=True, help="Two seeds and shorter runs: under 10 minutes on 4 cores.")
+@click.option("--seeds", type=click.IntRange(1), help="Runs of every row; without it 5, with --quick 2.")
+@click.option("--parts", help="Comma-separated parts of the benchmark; without it all.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes; without it as many as there are processors.")
+@click.option(
+    "--out",
+    default="out/bench-routing",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the figures, and of every run's results, from which a run that was broken off goes on.",
+)
+def bench_routing(
+    trace: Path | None, quick: bool, seeds: int | None, parts: str | None, jobs: int | None, out: Path
+) -> None:
+    """Every routing policy of the papers on three simulated fleets.
+
+    The grid of workloads and fleets, a load sweep, held-out windows after tuning, weights at which the queue is free,
+    predicted against measured latency, and fleets that change meanwhile. Takes under two hours on 4 cores.
+    """
+    import dataclasses
+
+    import msgspec
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from gorgo_plugin.fleet.bench_routing import measure
+    from gorgo_plugin.fleet.bench_routing_plan import PARTS, Plan, quick_plan
+    from gorgo_plugin.fleet.bench_routing_report import content, tables
+    from gorgo_plugin.fleet.simulation_show import TABLE_COLUMNS
+
+    names = [name.strip() for name in parts.split(",")] if parts else list(PARTS)
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise click.BadParameter(f"unknown part '{unknown[0]}'; known: {', '.join(PARTS)}", param_hint="--parts")
+    plan = quick_plan(trace) if quick else Plan(trace)
+    plan = plan if seeds is None else dataclasses.replace(plan, seeds=tuple(range(seeds)))
+    console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)
+    with Progress(console=console) as progress:
+        task = progress.add_task("simulated runs")
+        measured = measure(
+            plan, names, out / "runs", jobs, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    for table in tables(measured):
+        console.print(table)
+    for sentence in measured.left_out:
+        console.print(sentence)
+    figures = out / "bench-routing.json"
+    figures.write_bytes(msgspec.json.format(msgspec.json.encode(content(measured, plan)), indent=1))
+    console.print(f"Figures: {figures}")

@@ -25,32 +25,12 @@ from gorgo_plugin.fleet.bench_estimator import (
 )
 from gorgo_plugin.fleet.bench_estimator_index import OURS, Memory
 from gorgo_plugin.fleet.bench_estimator_sides import RIVAL
+from gorgo_plugin.fleet.goals import Goal
 from gorgo_plugin.fleet.machine import machine
 from gorgo_plugin.fleet.statistics import Ratio, percentile_ratio
 
 CASES = (LOOKUP, HASHED_LOOKUP, FROM_LIST, FROM_NUMPY, END, NEW_TURN, ALL_SEEN, COLD)
 MICROSECONDS, BYTES = "us", "bytes per token"
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What a ratio should be and what it must be: at least, or at most.
-
-    With `p99` the 99th percentile is held to it too.
-    """
-
-    goal: float
-    floor: float
-    at_most: bool = False
-    p99: bool = False
-
-    def verdict(self, *values: float) -> str:
-        """`goal`, `floor` or `missed`: what the worst of the values meets."""
-        worst = max(values) if self.at_most else min(values)
-        for name, limit in (("goal", self.goal), ("floor", self.floor)):
-            if worst <= limit if self.at_most else worst >= limit:
-                return name
-        return "missed"
 
 
 GOALS = {
