@@ -442,7 +442,7 @@ class Router:
             cache_key=prompt.cache_key,
         )
         self._flights.open(flight)
-        self._arrivals.sent(slot, now)
+        self._arrivals.sent(slot, view.prefill_ms.item(row), now)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 

@@ -39,13 +39,14 @@ class Views:
         prefill_ms += model.rates.overhead_ms(rows)
         queue_ms = flights.backlog_ms(rows, ms_per_token, now)
         arrivals, decoding = self.arrivals.per_ms(rows, now), flights.column("decoding", rows)
+        utilisation = self.arrivals.utilisation(now) / len(among.names)
         return View(
             names=among.names,
             network_ms=network_ms,
             doubt_ms=doubt_ms,
             queue_ms=queue_ms,
             prefill_ms=prefill_ms,
-            blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding),
+            blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding, utilisation),
             cached_tokens=cached,
             uncached_tokens=uncached,
             prompt_tokens=tokens,

@@ -12,29 +12,39 @@ _REBASE = 30.0  # horizons after which the counts are scaled down, long before t
 
 
 class Arrivals(Table):
-    """Requests sent to each replica, counted with weights that decay by `exp(-age / HORIZON_S)`.
+    """Requests sent to each replica and the prefill they brought, with weights that decay by `exp(-age / HORIZON_S)`.
 
-    The weights grow with time instead of the counts shrinking, so that reading them all takes one multiplication.
+    The weights grow with time instead of the sums shrinking, so that reading them all takes one multiplication.
     """
 
     def __init__(self) -> None:
-        super().__init__(weighted=0.0)
+        super().__init__(requests=0.0)
         self._base_s = 0.0
+        self._prefill_ms = 0.0
 
-    def sent(self, slot: int, now_s: float) -> None:
-        """Count one request."""
+    def sent(self, slot: int, prefill_ms: float, now_s: float) -> None:
+        """Count one request and its own prefill."""
         if not 0.0 <= (now_s - self._base_s) / HORIZON_S <= _REBASE:
             self._rebase(now_s)
-        self._columns.cells["weighted"][slot] += math.exp((now_s - self._base_s) / HORIZON_S)
+        weight = math.exp((now_s - self._base_s) / HORIZON_S)
+        self._columns.cells["requests"][slot] += weight
+        self._prefill_ms += weight * prefill_ms
 
     def per_ms(self, rows: Rows, now_s: float) -> FloatArray:
         """Requests per millisecond, per replica."""
-        age = max((now_s - self._base_s) / HORIZON_S, 0.0)
-        return self._columns["weighted"][rows] * (math.exp(-age) / (HORIZON_S * 1000.0))
+        return self._columns["requests"][rows] * self._share_of_a_ms(now_s)
+
+    def utilisation(self, now_s: float) -> float:
+        """Milliseconds of prefill sent to all replicas together per millisecond: 1.0 keeps one of them busy."""
+        return self._prefill_ms * self._share_of_a_ms(now_s)
+
+    def _share_of_a_ms(self, now_s: float) -> float:
+        return math.exp(-max((now_s - self._base_s) / HORIZON_S, 0.0)) / (HORIZON_S * 1000.0)
 
     def _rebase(self, now_s: float) -> None:
         # A clock that jumped back makes nothing older than it is.
-        scale, cells = math.exp(-max((now_s - self._base_s) / HORIZON_S, 0.0)), self._columns.cells["weighted"]
+        scale, cells = math.exp(-max((now_s - self._base_s) / HORIZON_S, 0.0)), self._columns.cells["requests"]
         for slot in range(self._columns.rows):
             cells[slot] *= scale
+        self._prefill_ms *= scale
         self._base_s = now_s
