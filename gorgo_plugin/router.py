@@ -26,8 +26,9 @@ from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
 from gorgo_plugin.prompt import PromptBuilder, built_from
 from gorgo_plugin.replicas import Candidates, Replicas
 from gorgo_plugin.settings import ReplicaSettings, Settings
-from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
+from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable, Observer
 from gorgo_plugin.state import State
+from gorgo_plugin.tuned import tuned_pick
 from gorgo_plugin.views import Views
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
@@ -83,12 +84,16 @@ class Router:
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
         tables = (self._latency, self._flights, self._gauges, self._health, self._models, self._model)
+        self._tuned = tuned_pick(settings)
         self._state = State(self._replicas, *tables, self.engine_caches)
         self._swept_s = clock()
         self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
         self.set_replicas(settings.replicas)
         if state is not None:
             self._state.restore(state, clock())
+            if self._tuned is not None and state.get("tuning"):
+                self._tuned.tuner.restore(state["tuning"])
+                self._views.weights = self._tuned.tuner.in_force
 
     # Deciding
 
@@ -126,14 +131,19 @@ class Router:
             self._sweep_when_due(now)
             attempts = self._attempts.get(request_id, []) if request_id is not None else []
             if attempts:
-                self._release(attempts[-1][0], now, answered=False)
+                self._release(attempts[-1][0], now, "retried")
             among = self._replicas.candidates(prompt.model, candidates, exclude)
             found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._views.view(prompt, model, found, among, now, self._rng)
-            choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
+            tiers, sample = self._tiers(among, attempts, now), None
+            if self._tuned is None:
+                choice = pick(self._policy, view, tiers, self._rng)
+            else:
+                choice, sample = self._tuned(self._policy, view, tiers, self._rng, prompt.stream, now, not attempts)
+                self._views.weights = self._tuned.tuner.in_force
             flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
-            self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now)
+            self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now, sample)
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
@@ -193,6 +203,8 @@ class Router:
             flight.first_token_s = now
             self._flights.prefilled(flight, now)
             self._health.answered(flight.slot)
+            if flight.observer is not None:
+                flight.observer.first_token(now)
 
     def usage(
         self,
@@ -232,7 +244,7 @@ class Router:
     def finish(self, flight_id: int) -> None:
         """The answer is complete: release the flight and learn from it."""
         with self._lock:
-            self._release(flight_id, self._clock(), answered=True)
+            self._release(flight_id, self._clock())
 
     def fail(self, flight_id: int, kind: str) -> None:
         """The attempt ended without a complete answer.
@@ -250,7 +262,7 @@ class Router:
             raise ValueError(f"kind: expected one of {', '.join(sorted(FAILURE_KINDS))}, got {kind!r}")
         with self._lock:
             now = self._clock()
-            flight = self._release(flight_id, now, answered=False)
+            flight = self._release(flight_id, now, kind)
             if flight is None:
                 return
             if kind in FAULTS:
@@ -284,6 +296,9 @@ class Router:
             flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
             self.engine_caches.dispatched(flight)
             flight.learned = True  # its times span two replicas
+            if flight.observer is not None:
+                flight.observer.ended(now, "unreached" if failed else "invalid")
+                flight.observer = None
 
     # What is known of the replicas
 
@@ -342,7 +357,9 @@ class Router:
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
-            self._policy, self._views.weights = POLICIES[settings.policy], settings.weight_pair()
+            self._policy = POLICIES[settings.policy]
+            if (settings.tuning, settings.weight_pair(), settings.policy) != (old.tuning, old.weight_pair(), old.policy):
+                self._tuned, self._views.weights = tuned_pick(settings), settings.weight_pair()
             self._latency.settings, self._health.settings = settings.probe, settings.health
             if settings.flight_ttl_s != old.flight_ttl_s:
                 self._attempts = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, self._clock)
@@ -359,7 +376,7 @@ class Router:
             self._swept_s = now
             lost = self._flights.opened_before(now - self.settings.flight_ttl_s)
             for flight_id in lost:
-                self._release(flight_id, now, answered=False)
+                self._release(flight_id, now, "lost")
             self._counters["swept_flights"] += len(lost)
             return len(lost)
 
@@ -372,6 +389,7 @@ class Router:
                 "version": 1,
                 "policy": self._policy.name,
                 "weights": dict(zip(("rtt", "queue"), self._views.weights, strict=True)),
+                "tuning": None if self._tuned is None else self._tuned.tuner.describe(),
                 **self._state.describe(now),
                 "counters": dict(self._counters),
             }
@@ -413,6 +431,7 @@ class Router:
         view: View,
         row: int,
         now: float,
+        observer: Observer | None,
     ) -> None:
         network_ms = view.network_ms.item(row)
         flight = Flight(
@@ -437,6 +456,7 @@ class Router:
             credit=model.credit(slot, hashes, found),
             awaits_tokens=prompt.estimated_tokens > 0,
             cache_key=prompt.cache_key,
+            observer=observer,
         )
         self._flights.open(flight)
         self.engine_caches.dispatched(flight)
@@ -457,11 +477,13 @@ class Router:
             self._counters["unknown_flights"] += 1
         return flight
 
-    def _release(self, flight_id: int, now: float, answered: bool) -> Flight | None:
+    def _release(self, flight_id: int, now: float, failure: str | None = None) -> Flight | None:
         if self._known(flight_id) is None:
             return None
-        flight = self._flights.close(flight_id, now)
+        flight, answered = self._flights.close(flight_id, now), failure is None
         assert flight is not None
+        if flight.observer is not None:
+            flight.observer.ended(now, failure)
         if answered:
             self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more

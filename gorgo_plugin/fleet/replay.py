@@ -72,6 +72,7 @@ class Served:
         estimated_tokens: prompt tokens that the router believed cached there when it decided.
         cached_tokens: prompt tokens that the engine found cached when it admitted the request.
         predicted_ms, ttft_ms: time to the first token, as predicted and as seen at the router.
+        e2e_ms: time to the last token, as seen there.
     """
 
     index: int
@@ -82,6 +83,7 @@ class Served:
     predicted_ms: float
     cached_tokens: int = 0
     ttft_ms: float = math.nan
+    e2e_ms: float = math.nan
 
 
 @dataclass(slots=True)
@@ -242,6 +244,7 @@ class Replay:
             if self._usage:
                 self.router.usage(flight_id, served.prompt_tokens, event.cached_tokens, event.generated)
             self.router.finish(flight_id)
+            served.e2e_ms = (self._now - served.at_s) * 1e3
             del site.under_way[served.index]
             self._served.append(served)
             self._open -= 1

@@ -1,0 +1,102 @@
+"""Deciding while weights are tuned: the incumbent and a candidate both choose, and a coin decides where they differ."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from gorgo_plugin.policies import Policy, View
+from gorgo_plugin.policies.pick import Choice, pick
+from gorgo_plugin.settings import Settings
+from gorgo_plugin.tuning import Arm, Pair, Sample, Screening, Trial, Tuner
+
+TRIAL = "trial"  # the reason of a decision that a candidate took against the incumbent
+
+
+class SameDraw(random.Random):
+    """Draws among near-ties alike for both, or two choices would differ by chance alone."""
+
+    drawn = 0.0
+
+    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
+        """As drawn, from 0 to `start`."""
+        return int(self.drawn * start)
+
+
+class TunedPick:
+    """`pick` with the weights that a tuner has in force or tries."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        self.tuner = tuner
+        self._draw = SameDraw()
+
+    def __call__(
+        self,
+        policy: Policy,
+        view: View,
+        tiers: Sequence[int] | None,
+        rng: random.Random,
+        stream: bool,
+        now_s: float,
+        first_attempt: bool,
+    ) -> tuple[Choice, Sample | None]:
+        """The choice, and the sample that is to be told what becomes of it.
+
+        A further attempt of a request that failed is no part of a trial, and neither is one without alternatives.
+        """
+        tuner = self.tuner
+        stage = tuner.stage(now_s) if first_attempt and len(view.names) > 1 else None
+        view.weights = tuner.in_force
+        if stage is None:
+            return pick(policy, view, tiers, rng), None
+        self._draw.drawn = rng.random()
+        if isinstance(stage, Screening):
+            self._screen(stage, policy, view, tiers)
+            return self._pick(tuner.in_force, policy, view, tiers), None
+        own = self._pick(tuner.learned, policy, view, tiers)
+        other = self._pick(stage.candidate, policy, view, tiers)
+        stage.requests += 1
+        stage.differing += own.row != other.row
+        if tuner.settings.mode == "propose":
+            _foretell(stage, view, own, other, now_s)
+            return self._pick(tuner.in_force, policy, view, tiers), None
+        arm = "common" if own.row == other.row else tuner.coin(stage)
+        if arm != "candidate":
+            view.weights = tuner.learned
+            return own, stage.add(Sample(arm, now_s, predicted_ms(view, own), stream))
+        return other._replace(reason=TRIAL), stage.add(Sample(arm, now_s, predicted_ms(view, other), stream))
+
+    def _pick(self, weights: Pair, policy: Policy, view: View, tiers: Sequence[int] | None) -> Choice:
+        view.weights = weights
+        return pick(policy, view, tiers, self._draw)
+
+    def _screen(self, screening: Screening, policy: Policy, view: View, tiers: Sequence[int] | None) -> None:
+        own = self._pick(self.tuner.learned, policy, view, tiers)
+        others = [self._pick(weights, policy, view, tiers) for weights in screening.candidates]
+        foreseen = [None if other.row == own.row else predicted_ms(view, other) for other in others]
+        screening.add(predicted_ms(view, own), foreseen)
+
+
+def _foretell(trial: Trial, view: View, own: Choice, other: Choice, now_s: float) -> None:
+    """Judge both by what is predicted of their choices, as neither is followed."""
+    if own.row == other.row:
+        foretold: tuple[tuple[Arm, Choice], ...] = (("common", own),)
+    else:
+        foretold = (("incumbent", own), ("candidate", other))
+    for arm, choice in foretold:
+        ms = predicted_ms(view, choice)
+        trial.add(Sample(arm, now_s, ms, streamed=True, ttft_ms=ms))
+
+
+def predicted_ms(view: View, choice: Choice) -> float:
+    """TTFT that the view predicts of a choice."""
+    row = choice.row
+    return float(view.network_ms[row] + view.queue_ms[row] + view.prefill_ms[row])
+
+
+def tuned_pick(settings: Settings) -> TunedPick | None:
+    """What these settings tune by; None where they tune nothing."""
+    if settings.tuning.mode not in ("online", "propose"):
+        return None
+    # Its own generator, so that ties fall alike whether weights are tuned or not.
+    return TunedPick(Tuner(settings.tuning, settings.weight_pair(), settings.neutral_weights(), random.Random(f"tuning {settings.seed}")))
