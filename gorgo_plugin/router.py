@@ -17,18 +17,18 @@ from typing import Any
 from cachetools import LRUCache, TTLCache
 from numpy.typing import NDArray
 
-from gorgo_plugin.costs import CostTable
+from gorgo_plugin.costs import decision
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.engine_caches import EngineCaches
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import POLICIES, View
-from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
+from gorgo_plugin.policies.pick import pick
 from gorgo_plugin.prompt import PromptBuilder, built_from
-from gorgo_plugin.replicas import Candidates, Replicas
+from gorgo_plugin.replicas import Replicas, tiers_of
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable, Observer
 from gorgo_plugin.state import State
-from gorgo_plugin.tuned import tuned_pick
+from gorgo_plugin.tuned import tuned_from, tuned_pick, weights_in_force
 from gorgo_plugin.views import Views
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
@@ -40,7 +40,6 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
-BY_ESTIMATE = "-by-estimate"  # ends the reason of a decision on a prompt whose length is partly estimated
 
 
 class Router:
@@ -75,7 +74,8 @@ class Router:
         self._latency = LatencyTable(settings.probe)
         self._flights = Flights()
         self._gauges = GaugeTable()
-        self._views = Views(self._latency, self._flights, self._gauges, settings.weight_pair())
+        self._tuned = tuned_pick(settings, state)
+        self._views = Views(self._latency, self._flights, self._gauges, weights_in_force(settings, self._tuned))
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._gauges, self._health))
         self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
@@ -84,16 +84,12 @@ class Router:
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
         self._flight_ids = itertools.count(1)
         tables = (self._latency, self._flights, self._gauges, self._health, self._models, self._model)
-        self._tuned = tuned_pick(settings)
         self._state = State(self._replicas, *tables, self.engine_caches)
         self._swept_s = clock()
         self._counters = dict.fromkeys(("routed", "unknown_flights", "swept_flights", "forgotten_caches"), 0)
         self.set_replicas(settings.replicas)
         if state is not None:
             self._state.restore(state, clock())
-            if self._tuned is not None and state.get("tuning"):
-                self._tuned.tuner.restore(state["tuning"])
-                self._views.weights = self._tuned.tuner.in_force
 
     # Deciding
 
@@ -135,19 +131,19 @@ class Router:
             among = self._replicas.candidates(prompt.model, candidates, exclude)
             found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._views.view(prompt, model, found, among, now, self._rng)
-            tiers, sample = self._tiers(among, attempts, now), None
+            tiers, sample = tiers_of(among, attempts, self._health.unavailable(now)), None
             if self._tuned is None:
                 choice = pick(self._policy, view, tiers, self._rng)
             else:
                 choice, sample = self._tuned(self._policy, view, tiers, self._rng, prompt.stream, now, not attempts)
-                self._views.weights = self._tuned.tuner.in_force
+                self._views.weights = self._tuned.weights
             flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
             self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now, sample)
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
-            return self._decision(request, flight_id, slot, view, choice, prompt)
+            return decision(request, flight_id, self._replicas[slot], view, choice, prompt)
 
     def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
         """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
@@ -164,8 +160,8 @@ class Router:
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
             found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._views.view(prompt, model, found, among, now, rng)
-            choice = pick(self._policy, view, self._tiers(among, (), now), rng)
-            return self._decision("", 0, among.slots[choice.row], view, choice, prompt)
+            choice = pick(self._policy, view, tiers_of(among, (), self._health.unavailable(now)), rng)
+            return decision("", 0, self._replicas[among.slots[choice.row]], view, choice, prompt)
 
     # What became of a flight
 
@@ -296,9 +292,7 @@ class Router:
             flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
             self.engine_caches.dispatched(flight)
             flight.learned = True  # its times span two replicas
-            if flight.observer is not None:
-                flight.observer.ended(now, "unreached" if failed else "invalid")
-                flight.observer = None
+            flight.tell_end(now, "unreached" if failed else "invalid")
 
     # What is known of the replicas
 
@@ -358,8 +352,9 @@ class Router:
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
             self._policy = POLICIES[settings.policy]
-            if (settings.tuning, settings.weight_pair(), settings.policy) != (old.tuning, old.weight_pair(), old.policy):
-                self._tuned, self._views.weights = tuned_pick(settings), settings.weight_pair()
+            if tuned_from(settings) != tuned_from(old):
+                self._tuned = tuned_pick(settings)
+                self._views.weights = weights_in_force(settings, self._tuned)
             self._latency.settings, self._health.settings = settings.probe, settings.health
             if settings.flight_ttl_s != old.flight_ttl_s:
                 self._attempts = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, self._clock)
@@ -389,7 +384,7 @@ class Router:
                 "version": 1,
                 "policy": self._policy.name,
                 "weights": dict(zip(("rtt", "queue"), self._views.weights, strict=True)),
-                "tuning": None if self._tuned is None else self._tuned.tuner.describe(),
+                "tuning": None if self._tuned is None else self._tuned.describe(),
                 **self._state.describe(now),
                 "counters": dict(self._counters),
             }
@@ -410,14 +405,6 @@ class Router:
 
     def _block_tokens(self, model: str) -> int:
         return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
-
-    def _tiers(self, among: Candidates, attempts: Sequence[tuple[int, int]], now: float) -> list[int] | None:
-        """Per candidate, as `pick` takes them."""
-        unhealthy = self._health.unavailable(now)
-        if not attempts and not unhealthy:
-            return None
-        tried = {slot for _, slot in attempts}
-        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in among.slots]
 
     def _open(
         self,
@@ -462,13 +449,6 @@ class Router:
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 
-    def _decision(
-        self, request: str, flight_id: int, slot: int, view: View, choice: Choice, prompt: Prompt
-    ) -> Decision:
-        chosen = self._replicas[slot]
-        reason = f"{choice.reason}{BY_ESTIMATE}" if prompt.estimated_tokens else choice.reason
-        return Decision(request, flight_id, chosen.name, chosen.region, reason, CostTable(view, choice))
-
     # The end of a flight; the lock is held
 
     def _known(self, flight_id: int) -> Flight | None:
@@ -482,8 +462,7 @@ class Router:
             return None
         flight, answered = self._flights.close(flight_id, now), failure is None
         assert flight is not None
-        if flight.observer is not None:
-            flight.observer.ended(now, failure)
+        flight.tell_end(now, failure)
         if answered:
             self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more

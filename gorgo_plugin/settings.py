@@ -173,8 +173,8 @@ class TuningSettings(_Schema):
     """How the weights of `gorgo` and `gorgo-paper` are learned from what becomes of the requests they route."""
 
     mode: Literal["off", "online", "frozen", "propose"] = "off"
-    """off; online: learns; frozen: takes the weights that a state file holds and keeps them; propose: applies nothing, but
-    judges candidates by the router's predictions and shows in status what it would choose."""
+    """off; online: learns; frozen: takes the weights that a state file holds and keeps them; propose: applies nothing,
+    but judges candidates by the router's predictions and shows in status what it would choose."""
     objective: Literal["ttft-p50", "ttft-p95", "ttft-p99", "e2e-p95"] = "ttft-p95"
     """What is minimised; the paper's p95 of TTFT."""
     path: str | None = None
@@ -198,8 +198,8 @@ class TuningSettings(_Schema):
     guard_margin: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share by which E2E p95 may rise, over all accepted steps together; less than that is hard to measure."""
     rest_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
-    """Longest rest between trials, in requests. Rests begin with 16 and double with each trial that fails: a fleet whose
-    weights are right is left in peace."""
+    """Longest rest between trials, in requests. Rests begin with 16 and double with each trial that fails: a fleet
+    whose weights are right is left in peace."""
 
     @field_validator("mode", mode="before")
     @classmethod

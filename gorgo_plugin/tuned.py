@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gorgo_plugin.policies import Policy, View
 from gorgo_plugin.policies.pick import Choice, pick
@@ -29,6 +30,15 @@ class TunedPick:
     def __init__(self, tuner: Tuner) -> None:
         self.tuner = tuner
         self._draw = SameDraw()
+
+    @property
+    def weights(self) -> Pair:
+        """(W_rtt, W_queue) that route where no candidate does."""
+        return self.tuner.in_force
+
+    def describe(self) -> dict[str, Any]:
+        """The tuner's state, as plain data."""
+        return self.tuner.describe()
 
     def __call__(
         self,
@@ -94,9 +104,23 @@ def predicted_ms(view: View, choice: Choice) -> float:
     return float(view.network_ms[row] + view.queue_ms[row] + view.prefill_ms[row])
 
 
-def tuned_pick(settings: Settings) -> TunedPick | None:
-    """What these settings tune by; None where they tune nothing."""
+def tuned_pick(settings: Settings, state: Mapping[str, Any] | None = None) -> TunedPick | None:
+    """What these settings tune by, which goes on where a `Router.snapshot()` stood; None where they tune nothing."""
     if settings.tuning.mode not in ("online", "propose"):
         return None
-    # Its own generator, so that ties fall alike whether weights are tuned or not.
-    return TunedPick(Tuner(settings.tuning, settings.weight_pair(), settings.neutral_weights(), random.Random(f"tuning {settings.seed}")))
+    rng = random.Random(f"tuning {settings.seed}")  # its own, so that the router's ties do not depend on trials
+    tuner = Tuner(settings.tuning, settings.weight_pair(), settings.neutral_weights(), rng)
+    known = (state or {}).get("tuning")
+    if known and state is not None and state.get("policy") == settings.policy:
+        tuner.restore(known)
+    return TunedPick(tuner)
+
+
+def tuned_from(settings: Settings) -> tuple[object, ...]:
+    """What a tuner depends on: where these stay, it stays."""
+    return settings.policy, settings.weight_pair(), settings.tuning
+
+
+def weights_in_force(settings: Settings, tuned: TunedPick | None) -> Pair:
+    """(W_rtt, W_queue) that route."""
+    return settings.weight_pair() if tuned is None else tuned.weights

@@ -77,6 +77,12 @@ class Flight:
     output_tokens: float | None = None  # as the engine reported, in own tokens
     learned_uncached_tokens: float | None = None  # as the engine reported
 
+    def tell_end(self, now_s: float, failure: str | None) -> None:
+        """Tell the observer how it ended."""
+        if self.observer is not None:
+            self.observer.ended(now_s, failure)
+            self.observer = None
+
     @property
     def tellable(self) -> bool:
         """Whether its ids are the engine's own, so that the engine's word on its blocks can be understood."""

@@ -1,8 +1,8 @@
 """The (1+1) evolution strategy in log space of the second paper's tuner: values in, values out.
 
-`x' = clip(exp(ln x + sigma * z), [low, high])`, with sigma by Rechenberg's 1/5 rule. Against the paper: sigma has a floor
-and the search never ends, so that it follows drift; a step that changed no decision makes sigma grow, because on a
-plateau only longer steps tell anything; and of several steps drawn at once the most promising is tried (see `screening`).
+`x' = clip(exp(ln x + sigma * z), [low, high])`, with sigma by Rechenberg's 1/5 rule. Against the paper: sigma has a
+floor and the search never ends, so that it follows drift; a step that changed no decision makes sigma grow, because on
+a plateau only longer steps tell anything; and of several steps drawn at once the most promising is tried (`screening`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The guard: what candidates may cost end to end.
 
-Greedy weights can win TTFT by herding everything to the nearest replica, and lose three times the E2E (the second paper's
-own warning). So what accepted steps cost in E2E p95 is added up, and the sum may not exceed the margin; otherwise each
-of many steps could spend it anew.
+Weights can win TTFT by herding everything to the nearest replica, and take E2E p95 to three times what it was (the
+second paper's own warning). So what accepted steps cost in E2E p95 is added up, and the sum may not exceed the margin;
+otherwise each of many steps could spend it anew.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a trial is judged by: a percentile of TTFT or E2E, and whether two sets of requests differ in it.
 
 The percentile of a hundred samples is known to some 15%, too little to choose by. So the choice is made by a rank test
-that weighs the tail around it (as Gastwirth's percentile-modified scores, 1965): it uses four times the samples that lie
-beyond the percentile, no outlier dominates it, and a request that failed simply ranks last. How large a difference is,
-the percentiles say.
+that weighs the tail around it (as Gastwirth's percentile-modified scores, 1965): it uses four times the samples that
+lie beyond the percentile, no outlier dominates it, and a request that failed simply ranks last. How large a difference
+is, the percentiles say.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def compare(
     error = math.sqrt(float(scores.var()) * (1.0 / len(own) + 1.0 / len(other)))
     z = float(other.mean() - own.mean()) / error if error > 0.0 else 0.0
     return Comparison(
-        weighted_quantile([(ms, 1.0) for ms in common_ms] + [(ms, 1.0 / (1.0 - share)) for ms in incumbent_ms], quantile),
+        weighted_quantile(
+            [(ms, 1.0) for ms in common_ms] + [(ms, 1.0 / (1.0 - share)) for ms in incumbent_ms], quantile
+        ),
         weighted_quantile([(ms, 1.0) for ms in common_ms] + [(ms, 1.0 / share) for ms in candidate_ms], quantile),
         z,
         min(len(own), len(other)),

@@ -23,9 +23,9 @@ SHORTEST_REST = 16  # requests without a trial after the first that failed; doub
 # A percentile of a trial is known to some 15%; one this far from the mean of the earlier ones is another load.
 DRIFT = math.log(2.5)
 USUAL_ALPHA = 0.3  # weight of a trial in that mean
-# A step that looks good while the incumbent routes the other half may live off that: one that ignores queues is well off
-# while others avoid them. So the loser gets a rematch, on a small share of the traffic that the winner makes, and returns
-# on less evidence than a newcomer needs.
+# A step that looks good while the incumbent routes the other half may live off that: one that ignores queues is well
+# off while others avoid them. So the loser gets a rematch, on a small share of the traffic that the winner makes, and
+# returns on less evidence than a newcomer needs.
 REMATCH_SHARE = 0.25
 REMATCH_Z = 1.6
 MAX_KNOWN = 4  # weights that were in force before, and are screened again
@@ -183,9 +183,7 @@ class Tuner:
         self._endings[ending] += 1
         number = sum(self._endings.values())
         counts = trial.requests, trial.differing
-        self._steps.append(
-            Step(number, ending, before.weights, trial.candidate, before.sigma, *counts, objective, e2e)
-        )
+        self._steps.append(Step(number, ending, before.weights, trial.candidate, before.sigma, *counts, objective, e2e))
         self._trial = None
         self._known = [weights for weights in self._known if weights != trial.candidate]
         if ending == "accepted" and before.weights not in self._known:
@@ -234,7 +232,11 @@ def verdict(
         if judged and e2e is not None and guard.is_breached(e2e):
             return "guarded"
         gained_ms = objective.incumbent_ms - objective.candidate_ms
-        if objective.z <= -(REMATCH_Z if trial.rematch else settings.confidence_z) and gained_ms >= settings.tolerance_ms and judged:
+        if (
+            objective.z <= -(REMATCH_Z if trial.rematch else settings.confidence_z)
+            and gained_ms >= settings.tolerance_ms
+            and judged
+        ):
             if e2e is None or guard.allows(e2e):
                 return "accepted"
             return "guarded" if over else None
