@@ -28,7 +28,7 @@ from gorgo_plugin.replicas import Replicas, tiers_of
 from gorgo_plugin.settings import ReplicaSettings, Settings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable, Observer
 from gorgo_plugin.state import State
-from gorgo_plugin.tuned import tuned_from, tuned_pick, weights_in_force
+from gorgo_plugin.tuned import retuned, tuned_pick, weights_in_force
 from gorgo_plugin.views import Views
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
@@ -352,9 +352,8 @@ class Router:
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
             self._policy = POLICIES[settings.policy]
-            if tuned_from(settings) != tuned_from(old):
-                self._tuned = tuned_pick(settings)
-                self._views.weights = weights_in_force(settings, self._tuned)
+            self._tuned = retuned(self._tuned, old, settings)
+            self._views.weights = weights_in_force(settings, self._tuned)
             self._latency.settings, self._health.settings = settings.probe, settings.health
             if settings.flight_ttl_s != old.flight_ttl_s:
                 self._attempts = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, self._clock)

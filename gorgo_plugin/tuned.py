@@ -116,9 +116,10 @@ def tuned_pick(settings: Settings, state: Mapping[str, Any] | None = None) -> Tu
     return TunedPick(tuner)
 
 
-def tuned_from(settings: Settings) -> tuple[object, ...]:
-    """What a tuner depends on: where these stay, it stays."""
-    return settings.policy, settings.weight_pair(), settings.tuning
+def retuned(tuned: TunedPick | None, old: Settings, new: Settings) -> TunedPick | None:
+    """What a router tunes by after a change of settings: where all that matters for it stays, it stays."""
+    before, now = ((one.policy, one.weight_pair(), one.tuning) for one in (old, new))
+    return tuned if before == now else tuned_pick(new)
 
 
 def weights_in_force(settings: Settings, tuned: TunedPick | None) -> Pair:
