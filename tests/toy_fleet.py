@@ -23,7 +23,12 @@ def run(
     """Serve Poisson arrivals of unlike lengths; returns the router and every TTFT in ms, in order of arrival."""
     now, rng = 0.0, random.Random(seed)
     described = [{"name": name, "url": f"http://{name}:1"} for name in RTT_S]
-    given = {"replicas": described, "rates": {"ms_per_token": MS_PER_TOKEN}, "probe": {"stale_after_s": 1e9}, **settings}
+    given = {
+        "replicas": described,
+        "rates": {"ms_per_token": MS_PER_TOKEN},
+        "probe": {"stale_after_s": 1e9},
+        **settings,
+    }
     router = Router(Settings.model_validate(given), clock=lambda: now, state=state)
     for name, rtt_s in RTT_S.items():
         router.observe_rtt(name, rtt_s)
