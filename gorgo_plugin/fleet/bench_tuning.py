@@ -109,13 +109,16 @@ def mean_ratio(ratios: Sequence[float], seed: int = 0) -> Ratio:
 
 
 @click.command()
+@click.option("--kind", type=click.Choice(["recovery", "stationary", "both"]), default="both", show_default=True)
 @click.option("--seeds", default=20, show_default=True, help="Workloads of each kind.")
 @click.option("--rate", default=5.0, show_default=True, help="Requests a second.")
 @click.option("--processes", default=os.cpu_count() or 1, show_default="all cores")
-def main(seeds: int, rate: float, processes: int) -> None:
+def main(kind: str, seeds: int, rate: float, processes: int) -> None:
     """Recovery from bad weights, and what exploring costs where the weights are right."""
     with ProcessPoolExecutor(processes) as pool:
-        for name, one in (("recovery", recovery), ("stationary", stationary)):
+        for name, one in {"recovery": recovery, "stationary": stationary}.items():
+            if kind not in (name, "both"):
+                continue
             task: Callable[[int], Outcome] = partial(one, rate_per_s=rate)
             outcomes = list(pool.map(task, range(seeds)))
             for line in report(name, outcomes):

@@ -123,7 +123,8 @@ DERIVED: tuple[Family, ...] = (
         "gorgo_tuning_trials_total",
         "counter",
         ("ending",),
-        "Trials of candidates, by how they ended: accepted, worse, guarded, undecided, same.",
+        "Trials of candidates, by how they ended: accepted, worse, guarded, undecided, foreseen (as worse: not tried), "
+        "same (as the incumbent in all decisions).",
     ),
     Family("gorgo_flights_swept_total", "counter", (), "Flights released by the sweep because nothing ended them."),
 )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import gorgo_plugin
-from gorgo_plugin.runtime.metrics import Reading
 
 if TYPE_CHECKING:
+    from gorgo_plugin.runtime.metrics import Reading
     from gorgo_plugin.runtime.runtime import Runtime
 
 

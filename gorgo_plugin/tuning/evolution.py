@@ -14,9 +14,9 @@ from typing import Literal
 
 Pair = tuple[float, float]
 """(W_rtt, W_queue)"""
-Ending = Literal["accepted", "worse", "guarded", "undecided", "same"]
+Ending = Literal["accepted", "worse", "guarded", "undecided", "foreseen", "same"]
 """How a trial ended: the candidate is better; clearly worse; it costs more E2E than the guard allows; its requests ran
-out before anything was shown; it decides like the incumbent."""
+out before anything was shown; it was predicted to be worse and not tried; it decides like the incumbent."""
 
 GROWTH = 1.5  # of sigma by a success; a failure takes its fourth root back, so that one success in five keeps sigma
 MAX_SIGMA = 1.0  # two strides of it are a factor of 7; more leaves any useful range

@@ -14,6 +14,9 @@ from gorgo_plugin.tuning.evolution import Pair
 CANDIDATES = 12
 REQUESTS = 32  # each is decided once per candidate; some 10 us each
 FEWEST_DIFFERING = 2  # of these requests
+# Share of the predicted time that a candidate may cost and still be tried: predictions are not good to much less, and
+# where weights are right nearly all candidates would cost more.
+FORESEEN_LOSS = 0.01
 
 
 @dataclass(slots=True)
@@ -40,11 +43,17 @@ class Screening:
         """Whether it has seen enough."""
         return len(self.own_ms) >= REQUESTS
 
-    def best(self) -> Pair | None:
-        """The candidate that is predicted to save most; None when all decide like the incumbent."""
+    def best(self) -> tuple[Pair, bool] | None:
+        """The candidate that is predicted to save most, and whether it is worth a trial.
+
+        None when all decide like the incumbent.
+        """
         foreseen = [(self._costs_ms(number), number) for number in range(len(self.candidates))]
         known = [(cost_ms, number) for cost_ms, number in foreseen if cost_ms is not None]
-        return self.candidates[min(known)[1]] if known else None
+        if not known:
+            return None
+        cost_ms, number = min(known)
+        return self.candidates[number], cost_ms <= FORESEEN_LOSS * sum(self.own_ms)
 
     def _costs_ms(self, number: int) -> float | None:
         """What the candidate's choices are predicted to cost more, over all requests; None where they are the same."""

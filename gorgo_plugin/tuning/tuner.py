@@ -112,10 +112,9 @@ class Tuner:
 
     def stage(self, now_s: float) -> Screening | Trial | None:
         """What the next request takes part in; None: the tuner rests."""
-        trial, screening = self._trial, self._screening
-        if trial is not None:
-            if trial.requests and trial.requests % CHECK_EVERY == 0:
-                self._look(trial, now_s)
+        if self._trial is not None:
+            if self._trial.requests and self._trial.requests % CHECK_EVERY == 0:
+                self._look(self._trial, now_s)
             return self._trial
         if self._beaten is not None:
             self._trial, self._beaten = Trial(self._beaten, REMATCH_SHARE, rematch=True), None
@@ -123,17 +122,12 @@ class Tuner:
         if self._rest_requests > 0:
             self._rest_requests -= 1
             return None
-        if screening is None:
+        if self._screening is not None and self._screening.done:
+            return self._screened(self._screening)
+        if self._screening is None:
             drawn = propose(self._now, CANDIDATES, self.settings.low, self.settings.high, self._rng)
-            screening = self._screening = Screening([*drawn, *self._known])
-        elif screening.done:
-            best, self._screening = screening.best(), None
-            if best is not None:
-                self._trial = Trial(best)
-                return self._trial
-            self._end(Trial(screening.candidates[0]), "same", None, None)
-            return None
-        return screening
+            self._screening = Screening([*drawn, *self._known])
+        return self._screening
 
     def coin(self, trial: Trial) -> Arm:
         """Who routes a request on which the two differ."""
@@ -170,6 +164,17 @@ class Tuner:
         self._now = Evolution((rtt, queue), max(sigma, self.settings.least_sigma))
         self._guard = replace(self._guard, spent=spent)
 
+    def _screened(self, screening: Screening) -> Trial | None:
+        """Begin the trial of the best candidate, if it is worth one."""
+        self._screening, best = None, screening.best()
+        if best is None:
+            self._end(Trial(screening.candidates[0]), "same", None, None)
+        elif not best[1]:
+            self._end(Trial(best[0]), "foreseen", None, None)
+        else:
+            self._trial = Trial(best[0])
+        return self._trial
+
     def _look(self, trial: Trial, now_s: float) -> None:
         """End the trial where it has shown enough."""
         objective = trial.compared(self._objective, now_s)
@@ -197,7 +202,7 @@ class Tuner:
             self._now = after(before, trial.candidate, ending, self.settings.least_sigma)
         if ending == "accepted" and not trial.rematch:
             self._failed_in_a_row, self._beaten = 0, before.weights
-        elif ending != "same":
+        else:
             rest = SHORTEST_REST * 2 ** min(self._failed_in_a_row, 20)
             self._rest_requests = min(rest, self.settings.rest_requests)
             self._failed_in_a_row += 1

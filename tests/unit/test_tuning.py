@@ -204,7 +204,11 @@ def test_screening_finds_the_candidate_that_is_predicted_to_save_most() -> None:
     for _ in range(REQUESTS):
         screening.add(100.0, [None, 120.0, 80.0])
     assert screening.done
-    assert screening.best() == (3.0, 3.0)
+    assert screening.best() == ((3.0, 3.0), True)
+    dear = Screening([(1.0, 1.0), (2.0, 2.0)])
+    for _ in range(REQUESTS):
+        dear.add(100.0, [102.0, 130.0])
+    assert dear.best() == ((1.0, 1.0), False)
     alike = Screening([(1.0, 1.0)])
     alike.add(100.0, [None])
     assert alike.best() is None
