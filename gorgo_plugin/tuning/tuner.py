@@ -28,7 +28,7 @@ USUAL_ALPHA = 0.3  # weight of a trial in that mean
 # returns on less evidence than a newcomer needs.
 REMATCH_SHARE = 0.25
 REMATCH_Z = 1.6
-MAX_KNOWN = 4  # weights that were in force before, and are screened again
+MAX_PAST = 4  # weights that were in force before, and are screened again
 KEPT_STEPS = 20  # steps that are shown
 
 
@@ -84,7 +84,9 @@ class Tuner:
         self.settings = settings
         self.start = start
         self._rng = rng
-        self._known: list[Pair] = [neutral, start]  # screened too, once each for every incumbent
+        self._landmarks = [neutral, start]
+        self._past: deque[Pair] = deque(maxlen=MAX_PAST)
+        self._tried: set[Pair] = set()  # of these, against this incumbent, under this load
         self._now = Evolution(start, settings.sigma)
         self._guard = Guard(settings.guard_margin)
         self._screening: Screening | None = None
@@ -125,8 +127,7 @@ class Tuner:
         if self._screening is not None and self._screening.done:
             return self._screened(self._screening)
         if self._screening is None:
-            drawn = propose(self._now, CANDIDATES, self.settings.low, self.settings.high, self._rng)
-            self._screening = Screening([*drawn, *self._known])
+            self._screening = Screening(self._candidates())
         return self._screening
 
     def coin(self, trial: Trial) -> Arm:
@@ -149,12 +150,12 @@ class Tuner:
         }
 
     def restore(self, known: Mapping[str, Any]) -> None:
-        """Go on where another tuner's `describe` stood, unless it began with other weights: then these count.
+        """Go on where another tuner's `describe` stood; not if it began with other weights, or learned otherwise.
 
         Raises:
             KeyError, TypeError, ValueError: it is no such description.
         """
-        if not close(pair(known["start"]), self.start):
+        if not close(pair(known["start"]), self.start) or known["mode"] != self.settings.mode:
             return
         low, high = self.settings.low, self.settings.high
         rtt, queue = (min(max(weight, low), high) for weight in pair(known["weights"]))
@@ -163,6 +164,13 @@ class Tuner:
             raise ValueError(f"tuning: sigma {sigma} and e2e_spent {spent} are not what a tuner knows")
         self._now = Evolution((rtt, queue), max(sigma, self.settings.least_sigma))
         self._guard = replace(self._guard, spent=spent)
+
+    def _candidates(self) -> list[Pair]:
+        """What to screen: drawn ones, and what is known from before and was not tried since."""
+        low, high = self.settings.low, self.settings.high
+        known = dict.fromkeys((*self._landmarks, *self._past))
+        fresh = [one for one in known if one not in self._tried and all(low <= weight <= high for weight in one)]
+        return [*propose(self._now, CANDIDATES, low, high, self._rng), *fresh]
 
     def _screened(self, screening: Screening) -> Trial | None:
         """Begin the trial of the best candidate, if it is worth one."""
@@ -190,11 +198,11 @@ class Tuner:
         counts = trial.requests, trial.differing
         self._steps.append(Step(number, ending, before.weights, trial.candidate, before.sigma, *counts, objective, e2e))
         self._trial = None
-        self._known = [weights for weights in self._known if weights != trial.candidate]
-        if ending == "accepted" and before.weights not in self._known:
-            self._known = [*self._known[-MAX_KNOWN:], before.weights]
-        if ending == "accepted" and e2e is not None:
-            self._guard = self._guard.after(e2e)
+        self._tried.update({trial.candidate} & {*self._landmarks, *self._past})
+        if ending == "accepted":
+            self._tried.clear()
+            self._past.append(before.weights)
+            self._guard = self._guard if e2e is None else self._guard.after(e2e)
         if trial.rematch:  # no step of the search: where it stands is merely confirmed, or not
             if ending == "accepted":
                 self._now = replace(before, weights=trial.candidate)
@@ -221,6 +229,7 @@ class Tuner:
             self._now = replace(self._now, sigma=max(self._now.sigma, self.settings.sigma))
             self._guard = Guard(self.settings.guard_margin)
             self._failed_in_a_row = self._rest_requests = 0
+            self._tried.clear()
 
 
 def verdict(
@@ -236,12 +245,10 @@ def verdict(
             return "worse"
         if judged and e2e is not None and guard.is_breached(e2e):
             return "guarded"
-        gained_ms = objective.incumbent_ms - objective.candidate_ms
-        if (
-            objective.z <= -(REMATCH_Z if trial.rematch else settings.confidence_z)
-            and gained_ms >= settings.tolerance_ms
-            and judged
-        ):
+        needed_z = REMATCH_Z if trial.rematch else settings.confidence_z
+        is_better = objective.z <= -needed_z
+        is_felt = objective.incumbent_ms - objective.candidate_ms >= settings.tolerance_ms
+        if is_better and is_felt and judged:
             if e2e is None or guard.allows(e2e):
                 return "accepted"
             return "guarded" if over else None
