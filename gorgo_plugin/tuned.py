@@ -15,13 +15,27 @@ TRIAL = "trial"  # the reason of a decision that a candidate took against the in
 
 
 class SameDraw(random.Random):
-    """Draws among near-ties alike for both, or two choices would differ by chance alone."""
+    """Draws alike among the near-ties of several choices for one request: they must not differ by chance alone.
 
-    drawn = 0.0
+    The first choice, which is what routes while nothing is tried, draws as it would without tuning.
+    """
+
+    def begin(self, rng: random.Random) -> None:
+        """The next draw is `rng`'s."""
+        self._rng: random.Random | None = rng
+
+    def go_on(self) -> None:
+        """Further draws are like the first, if there was one."""
+        if self._rng is not None:
+            self._rng, self._drawn = None, self.random()
 
     def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
-        """As drawn, from 0 to `start`."""
-        return int(self.drawn * start)
+        """From 0 to `start`."""
+        if self._rng is None:
+            return int(self._drawn * start)
+        number = self._rng.randrange(start)
+        self._rng, self._drawn = None, (number + 0.5) / start
+        return number
 
 
 class TunedPick:
@@ -29,7 +43,7 @@ class TunedPick:
 
     def __init__(self, tuner: Tuner) -> None:
         self.tuner = tuner
-        self._draw = SameDraw()
+        self._draw = SameDraw(0)
 
     @property
     def weights(self) -> Pair:
@@ -56,35 +70,35 @@ class TunedPick:
         """
         tuner = self.tuner
         stage = tuner.stage(now_s) if first_attempt and len(view.names) > 1 else None
-        view.weights = tuner.in_force
         if stage is None:
+            view.weights = tuner.in_force
             return pick(policy, view, tiers, rng), None
-        self._draw.drawn = rng.random()
+        self._draw.begin(rng)
+        usual = self._pick(tuner.in_force, policy, view, tiers)
+        self._draw.go_on()
+        own = usual if tuner.learned == tuner.in_force else self._pick(tuner.learned, policy, view, tiers)
         if isinstance(stage, Screening):
-            self._screen(stage, policy, view, tiers)
-            return self._pick(tuner.in_force, policy, view, tiers), None
-        own = self._pick(tuner.learned, policy, view, tiers)
+            others = [self._pick(weights, policy, view, tiers) for weights in stage.candidates]
+            foreseen = [None if other.row == own.row else predicted_ms(view, other) for other in others]
+            stage.add(predicted_ms(view, own), foreseen)
+            view.weights = tuner.in_force
+            return usual, None
         other = self._pick(stage.candidate, policy, view, tiers)
         stage.requests += 1
         stage.differing += own.row != other.row
         if tuner.settings.mode == "propose":
             _foretell(stage, view, own, other, now_s)
-            return self._pick(tuner.in_force, policy, view, tiers), None
+            view.weights = tuner.in_force
+            return usual, None
         arm = "common" if own.row == other.row else tuner.coin(stage)
         if arm != "candidate":
-            view.weights = tuner.learned
+            view.weights = tuner.in_force
             return own, stage.add(Sample(arm, now_s, predicted_ms(view, own), stream))
         return other._replace(reason=TRIAL), stage.add(Sample(arm, now_s, predicted_ms(view, other), stream))
 
     def _pick(self, weights: Pair, policy: Policy, view: View, tiers: Sequence[int] | None) -> Choice:
         view.weights = weights
         return pick(policy, view, tiers, self._draw)
-
-    def _screen(self, screening: Screening, policy: Policy, view: View, tiers: Sequence[int] | None) -> None:
-        own = self._pick(self.tuner.learned, policy, view, tiers)
-        others = [self._pick(weights, policy, view, tiers) for weights in screening.candidates]
-        foreseen = [None if other.row == own.row else predicted_ms(view, other) for other in others]
-        screening.add(predicted_ms(view, own), foreseen)
 
 
 def _foretell(trial: Trial, view: View, own: Choice, other: Choice, now_s: float) -> None:

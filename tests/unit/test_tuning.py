@@ -234,6 +234,12 @@ def test_from_bad_weights_it_finds_back_to_the_p95_of_the_default_ones(learned: 
     assert router.snapshot()["weights"] == known["weights"] != BAD
 
 
+def test_from_weights_that_ignore_the_network_it_is_back_at_the_default_p95_after_2000_requests() -> None:
+    _, default = run(2600, 9.0)
+    _, tuned = run(2600, 9.0, weights={"rtt": 0.05, "queue": 20.0}, tuning=ONLINE)
+    assert percentile(tuned[2000:], 95) < 1.1 * percentile(default[2000:], 95)
+
+
 def test_where_weights_are_right_exploring_costs_next_to_nothing() -> None:
     ratios = []
     for seed in range(3):
@@ -262,7 +268,7 @@ def test_propose_finds_better_weights_and_applies_none_of_them() -> None:
     assert known["weights"] == BAD
     assert known["tuning"]["weights"]["rtt"] < 10.0
     assert known["tuning"]["endings"]["accepted"] >= 1
-    assert percentile(proposed, 95) == pytest.approx(percentile(untouched, 95), rel=0.05)
+    assert proposed == untouched
 
 
 def test_where_no_first_token_is_seen_nothing_is_concluded_about_it() -> None:
