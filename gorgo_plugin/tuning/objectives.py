@@ -54,10 +54,12 @@ class Comparison(NamedTuple):
 
     @property
     def log_ratio(self) -> float:
-        """ln(candidate / incumbent); infinite where the candidate's cannot be told."""
-        if not (0.0 < self.incumbent_ms < math.inf and 0.0 < self.candidate_ms < math.inf):
-            return math.inf
-        return math.log(self.candidate_ms / self.incumbent_ms)
+        """ln(candidate / incumbent); where so many requests fail that both are infinite, their ranks decide: 0 or inf."""
+        if self.candidate_ms == math.inf:
+            return 0.0 if self.incumbent_ms == math.inf and self.z <= 0.0 else math.inf
+        if self.incumbent_ms == math.inf or self.candidate_ms <= 0.0:
+            return -math.inf
+        return math.log(self.candidate_ms / self.incumbent_ms) if self.incumbent_ms > 0.0 else math.inf
 
 
 def compare(

@@ -247,7 +247,7 @@ def verdict(
             return "guarded"
         needed_z = REMATCH_Z if trial.rematch else settings.confidence_z
         is_better = objective.z <= -needed_z
-        is_felt = objective.incumbent_ms - objective.candidate_ms >= settings.tolerance_ms
+        is_felt = objective.candidate_ms + settings.tolerance_ms <= objective.incumbent_ms
         if is_better and is_felt and judged:
             if e2e is None or guard.allows(e2e):
                 return "accepted"

@@ -27,7 +27,13 @@ TUNED: dict[str, Any] = {
     "probe": {"path": "/health", "interval_s": 0.2},
     "metrics": {"path": None},
     "weights": BAD,
-    "tuning": {"mode": "online", "objective": "ttft-p50", "least_samples": 3, "confidence_z": 0.5, "trial_requests": 64}
+    "tuning": {
+        "mode": "online",
+        "objective": "ttft-p50",
+        "least_samples": 3,
+        "confidence_z": 0.5,
+        "trial_requests": 128,
+    }
     | {"guard_margin": 1.0, "rest_requests": 0},
 }
 

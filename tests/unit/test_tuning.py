@@ -199,6 +199,14 @@ def test_steps_spend_the_margin_together_and_only_getting_better_gives_it_back()
     assert spent.after(seen(0.0, 1000.0, 900.0)) == guard
 
 
+def test_where_requests_fail_whatever_the_weights_the_guard_bars_only_what_fails_more() -> None:
+    assert Guard(0.05).allows(seen(-2.0, math.inf, 900.0))
+    assert Guard(0.05).after(seen(-2.0, math.inf, 900.0)).spent == 0.0
+    assert Guard(0.05).allows(seen(-0.1, math.inf, math.inf))
+    assert not Guard(0.05).allows(seen(0.1, math.inf, math.inf))
+    assert not Guard(0.05).allows(seen(-1.0, 900.0, math.inf))
+
+
 def test_screening_finds_the_candidate_that_is_predicted_to_save_most() -> None:
     screening = Screening([(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)])
     for _ in range(REQUESTS):
