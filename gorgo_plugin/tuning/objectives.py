@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
 
     @property
     def log_ratio(self) -> float:
-        """ln(candidate / incumbent); where so many requests fail that both are infinite, their ranks decide: 0 or inf."""
+        """ln(candidate / incumbent). Where so many requests fail that both are infinite, the ranks decide: 0 or inf."""
         if self.candidate_ms == math.inf:
             return 0.0 if self.incumbent_ms == math.inf and self.z <= 0.0 else math.inf
         if self.incumbent_ms == math.inf or self.candidate_ms <= 0.0:
