@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gorgo_plugin.decision import Cost, Costs
+from gorgo_plugin.decision import Cost, Costs, Decision, Prompt
 from gorgo_plugin.policies import View
 from gorgo_plugin.policies.base import total_ms
 from gorgo_plugin.policies.pick import Choice
+from gorgo_plugin.settings import ReplicaSettings
+
+BY_ESTIMATE = "-by-estimate"  # ends the reason of a decision on a prompt whose length is partly estimated
+
+
+def decision(
+    request_id: str, flight_id: int, chosen: ReplicaSettings, view: View, choice: Choice, prompt: Prompt
+) -> Decision:
+    """What was decided, with its costs still to be worked out."""
+    reason = f"{choice.reason}{BY_ESTIMATE}" if prompt.estimated_tokens else choice.reason
+    return Decision(request_id, flight_id, chosen.name, chosen.region, reason, CostTable(view, choice))
 
 
 class CostTable(Costs):

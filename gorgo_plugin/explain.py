@@ -21,6 +21,7 @@ from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, RESPONSES
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime.explain import explanation, plain_table, probe_once, rows, summary
 from gorgo_plugin.runtime.hub import with_local_tokenizers
+from gorgo_plugin.runtime.state_file import with_frozen_weights
 from gorgo_plugin.settings import Settings
 
 REQUEST_TIMEOUT_S = 10.0  # a gateway tokenizes even a very long prompt in a few
@@ -76,7 +77,7 @@ def _explain_here(
 ) -> tuple[dict[str, Any], list[str]]:
     """The explanation by a router of our own, and what to know about it."""
     settings = read_settings(config, str(body.get("model", "")))
-    router = Router(with_local_tokenizers(settings), state=learned)
+    router = Router(with_frozen_weights(with_local_tokenizers(settings)), state=learned)
     notes = []
     if learned is not None:
         notes.append("Round trips and rates are the gateway's; its queues and caches are not known here.")

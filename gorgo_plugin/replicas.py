@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from gorgo_plugin.errors import NoCandidates
+from gorgo_plugin.policies.pick import TRIED, UNHEALTHY
 from gorgo_plugin.settings import ReplicaSettings
 from gorgo_plugin.signals.columns import Rows
 
@@ -152,6 +153,14 @@ class Replicas:
         for table in self._tables:
             table.reset(slot)
         return slot
+
+
+def tiers_of(among: Candidates, attempts: Sequence[tuple[int, int]], unhealthy: Collection[int]) -> list[int] | None:
+    """Per candidate, as `pick` takes them: from (flight id, slot) of a request's attempts, and slots to be avoided."""
+    if not attempts and not unhealthy:
+        return None
+    tried = {slot for _, slot in attempts}
+    return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in among.slots]
 
 
 def _serves(replica: ReplicaSettings, model: str) -> bool:

@@ -18,17 +18,27 @@ from typing import Any
 from cachetools import TTLCache
 from numpy.typing import NDArray
 
-from gorgo_plugin.costs import CostTable
+from gorgo_plugin.costs import decision
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.engine_caches import EngineCaches
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import POLICIES, View
-from gorgo_plugin.policies.pick import TRIED, UNHEALTHY, Choice, pick
+from gorgo_plugin.policies.pick import pick
 from gorgo_plugin.prompt import PromptBuilder, built_from
-from gorgo_plugin.replicas import Candidates, Replicas
+from gorgo_plugin.replicas import Replicas, tiers_of
 from gorgo_plugin.settings import ReplicaSettings, Settings
-from gorgo_plugin.signals import Arrivals, EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable
+from gorgo_plugin.signals import (
+    Arrivals,
+    EngineGauges,
+    Flight,
+    Flights,
+    GaugeTable,
+    HealthTable,
+    LatencyTable,
+    Observer,
+)
 from gorgo_plugin.state import State
+from gorgo_plugin.tuned import retuned, tuned_pick, weights_in_force
 from gorgo_plugin.views import Views
 
 # Kinds of failure that speak against the replica. A client that leaves (`disconnect`) or a request that the engine
@@ -40,7 +50,6 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
-BY_ESTIMATE = "-by-estimate"  # ends the reason of a decision on a prompt whose length is partly estimated
 
 
 class Router:
@@ -76,7 +85,9 @@ class Router:
         self._flights = Flights()
         self._gauges = GaugeTable()
         self._arrivals = Arrivals()
-        self._views = Views(self._latency, self._flights, self._arrivals, self._gauges, settings.weight_pair())
+        self._tuned = tuned_pick(settings, state)
+        weights = weights_in_force(settings, self._tuned)
+        self._views = Views(self._latency, self._flights, self._arrivals, self._gauges, weights)
         self._health = HealthTable(settings.health)
         self._replicas = Replicas((self._latency, self._flights, self._arrivals, self._gauges, self._health))
         self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
@@ -128,18 +139,23 @@ class Router:
             self._sweep_when_due(now)
             attempts = self._attempts.get(request_id, []) if request_id is not None else []
             if attempts:
-                self._release(attempts[-1][0], now, answered=False)
+                self._release(attempts[-1][0], now, "retried")
             among = self._replicas.candidates(prompt.model, candidates, exclude)
             found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._views.view(prompt, model, found, among, now, self._rng)
-            choice = pick(self._policy, view, self._tiers(among, attempts, now), self._rng)
+            tiers, sample = tiers_of(among, attempts, self._health.unavailable(now)), None
+            if self._tuned is None:
+                choice = pick(self._policy, view, tiers, self._rng)
+            else:
+                choice, sample = self._tuned(self._policy, view, tiers, self._rng, prompt.stream, now, not attempts)
+                self._views.weights = self._tuned.weights
             flight_id, slot = next(self._flight_ids), among.slots[choice.row]
             request = request_id if request_id is not None else f"flight-{flight_id}"
-            self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now)
+            self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now, sample)
             if request_id is not None:
                 self._attempts[request_id] = [*attempts, (flight_id, slot)]
             self._counters["routed"] += 1
-            return self._decision(request, flight_id, slot, view, choice, prompt)
+            return decision(request, flight_id, self._replicas[slot], view, choice, prompt)
 
     def explain(self, prompt: Prompt, candidates: Sequence[str] | None = None, exclude: Iterable[str] = ()) -> Decision:
         """The decision that `route` would take now, with `flight_id` 0: opens nothing, teaches nothing.
@@ -156,8 +172,8 @@ class Router:
             rng.setstate(self._rng.getstate())  # a look must not change what is drawn next
             found = self.engine_caches.look_up(prompt, model, hashes)
             view = self._views.view(prompt, model, found, among, now, rng)
-            choice = pick(self._policy, view, self._tiers(among, (), now), rng)
-            return self._decision("", 0, among.slots[choice.row], view, choice, prompt)
+            choice = pick(self._policy, view, tiers_of(among, (), self._health.unavailable(now)), rng)
+            return decision("", 0, self._replicas[among.slots[choice.row]], view, choice, prompt)
 
     # What became of a flight
 
@@ -195,6 +211,8 @@ class Router:
             flight.first_token_s = now
             self._flights.prefilled(flight, now)
             self._health.answered(flight.slot)
+            if flight.observer is not None:
+                flight.observer.first_token(now)
 
     def usage(
         self,
@@ -234,7 +252,7 @@ class Router:
     def finish(self, flight_id: int) -> None:
         """The answer is complete: release the flight and learn from it."""
         with self._lock:
-            self._release(flight_id, self._clock(), answered=True)
+            self._release(flight_id, self._clock())
 
     def fail(self, flight_id: int, kind: str) -> None:
         """The attempt ended without a complete answer.
@@ -252,7 +270,7 @@ class Router:
             raise ValueError(f"kind: expected one of {', '.join(sorted(FAILURE_KINDS))}, got {kind!r}")
         with self._lock:
             now = self._clock()
-            flight = self._release(flight_id, now, answered=False)
+            flight = self._release(flight_id, now, kind)
             if flight is None:
                 return
             if kind in FAULTS:
@@ -286,6 +304,7 @@ class Router:
             flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
             self.engine_caches.dispatched(flight)
             flight.learned = True  # its times span two replicas
+            flight.tell_end(now, "unreached" if failed else "invalid")
 
     # What is known of the replicas
 
@@ -344,7 +363,9 @@ class Router:
         builder = self.builder if same_prompts else PromptBuilder(settings, secret=self._secret)
         with self._lock:
             old, self.settings, self.builder = self.settings, settings, builder
-            self._policy, self._views.weights = POLICIES[settings.policy], settings.weight_pair()
+            self._policy = POLICIES[settings.policy]
+            self._tuned = retuned(self._tuned, old, settings)
+            self._views.weights = weights_in_force(settings, self._tuned)
             self._latency.settings, self._health.settings = settings.probe, settings.health
             if settings.flight_ttl_s != old.flight_ttl_s:
                 self._attempts = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, self._clock)
@@ -361,7 +382,7 @@ class Router:
             self._swept_s = now
             lost = self._flights.opened_before(now - self.settings.flight_ttl_s)
             for flight_id in lost:
-                self._release(flight_id, now, answered=False)
+                self._release(flight_id, now, "lost")
             self._counters["swept_flights"] += len(lost)
             return len(lost)
 
@@ -374,6 +395,7 @@ class Router:
                 "version": 1,
                 "policy": self._policy.name,
                 "weights": dict(zip(("rtt", "queue"), self._views.weights, strict=True)),
+                "tuning": None if self._tuned is None else self._tuned.describe(),
                 **self._state.describe(now),
                 "counters": dict(self._counters),
             }
@@ -396,14 +418,6 @@ class Router:
     def _block_tokens(self, model: str) -> int:
         return self.settings.model_settings(model).block_tokens or self.settings.block_tokens
 
-    def _tiers(self, among: Candidates, attempts: Sequence[tuple[int, int]], now: float) -> list[int] | None:
-        """Per candidate, as `pick` takes them."""
-        unhealthy = self._health.unavailable(now)
-        if not attempts and not unhealthy:
-            return None
-        tried = {slot for _, slot in attempts}
-        return [TRIED * (slot in tried) + UNHEALTHY * (slot in unhealthy) for slot in among.slots]
-
     def _open(
         self,
         flight_id: int,
@@ -416,6 +430,7 @@ class Router:
         view: View,
         row: int,
         now: float,
+        observer: Observer | None,
     ) -> None:
         network_ms = view.network_ms.item(row)
         flight = Flight(
@@ -440,18 +455,12 @@ class Router:
             credit=model.credit(slot, hashes, found),
             awaits_tokens=prompt.estimated_tokens > 0,
             cache_key=prompt.cache_key,
+            observer=observer,
         )
         self._flights.open(flight)
         self._arrivals.sent(slot, view.prefill_ms.item(row), now)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
-
-    def _decision(
-        self, request: str, flight_id: int, slot: int, view: View, choice: Choice, prompt: Prompt
-    ) -> Decision:
-        chosen = self._replicas[slot]
-        reason = f"{choice.reason}{BY_ESTIMATE}" if prompt.estimated_tokens else choice.reason
-        return Decision(request, flight_id, chosen.name, chosen.region, reason, CostTable(view, choice))
 
     # The end of a flight; the lock is held
 
@@ -461,11 +470,12 @@ class Router:
             self._counters["unknown_flights"] += 1
         return flight
 
-    def _release(self, flight_id: int, now: float, answered: bool) -> Flight | None:
+    def _release(self, flight_id: int, now: float, failure: str | None = None) -> Flight | None:
         if self._known(flight_id) is None:
             return None
-        flight = self._flights.close(flight_id, now)
+        flight, answered = self._flights.close(flight_id, now), failure is None
         assert flight is not None
+        flight.tell_end(now, failure)
         if answered:
             self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more

@@ -169,6 +169,64 @@ class HealthSettings(_Schema):
     """Longest pause; after it one attempt or probe decides."""
 
 
+class TuningSettings(_Schema):
+    """How the weights of `gorgo` and `gorgo-paper` are learned from what becomes of the requests they route."""
+
+    mode: Literal["off", "online", "frozen", "propose"] = "off"
+    """off; online: learns; frozen: takes the weights that a state file holds and keeps them; propose: applies nothing,
+    but judges candidates by the router's predictions and shows in status what it would choose."""
+    objective: Literal["ttft-p50", "ttft-p95", "ttft-p99", "e2e-p95"] = "ttft-p95"
+    """What is minimised; the paper's p95 of TTFT."""
+    path: str | None = None
+    """With `frozen`: the state file to take the weights from, which is only read."""
+    low: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    """Least weight tried, as in the paper. In milliseconds 1 is neutral: this makes a term next to invisible."""
+    high: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    """Largest weight tried: as far from neutral on the other side."""
+    sigma: Annotated[float, Field(gt=0, le=3)] = 0.7
+    """First step, in log space: a factor of two. It grows and shrinks with success (the paper begins with 0.5)."""
+    least_sigma: Annotated[float, Field(gt=0, le=3)] = 0.15
+    """Smallest step: 15% of a weight, less changes hardly a decision. Above 0, so that the search never ends."""
+    trial_requests: Annotated[int, Field(ge=16, le=10_000)] = 400
+    """Requests after which a trial ends, whatever it has shown; it may hold some ten differing ones then."""
+    least_samples: Annotated[int, Field(ge=2, le=1000)] = 8
+    """Requests of each side, among those on which the two differ, before anything is concluded."""
+    confidence_z: Annotated[float, Field(ge=0, le=6)] = 2.3
+    """Standard errors by which a candidate must be better, or worse: one chance in a hundred that noise looks so."""
+    tolerance_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Milliseconds of the objective that a candidate must gain besides; less is felt by nobody."""
+    guard_margin: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share by which E2E p95 may rise, over all accepted steps together; less than that is hard to measure."""
+    rest_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Longest rest between trials, in requests. Rests begin with 16 and double with each trial that fails: a fleet
+    whose weights are right is left in peace."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_a_boolean(cls, mode: Any) -> Any:
+        return "off" if mode is False else mode
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low: must be less than high, got {self.low:g} and {self.high:g}")
+        if self.mode == "frozen" and self.path is None:
+            raise ValueError("path: frozen takes its weights from a state file, but none is given")
+        if self.mode == "propose" and self.objective == "e2e-p95":
+            raise ValueError("objective: propose judges by predicted first tokens; expected one of TTFT, got e2e-p95")
+        return self
+
+
+class StateSettings(_Schema):
+    """A file of what was learned (round trips, rates, token scales, weights), so that a restart is not a cold start."""
+
+    path: str | None = None
+    """File, such as /var/lib/gorgo/state.json; each worker writes its own beside it (state-0.json, state-1.json, ...).
+    none given: nothing is kept."""
+    interval_s: PositiveSeconds = 30.0
+    """Seconds between writes, which are off the request path; one more is at the end. What a crash loses."""
+
+
 class PrepareSettings(_Schema):
     """How request bodies become token ids."""
 
@@ -293,6 +351,8 @@ class Settings(_Schema):
     metrics: MetricsSettings = MetricsSettings()
     health: HealthSettings = HealthSettings()
     prepare: PrepareSettings = PrepareSettings()
+    tuning: TuningSettings = TuningSettings()
+    state: StateSettings = StateSettings()
     envoy: EnvoySettings = EnvoySettings()
     flight_ttl_s: PositiveSeconds = 900.0
     """A flight open longer than this is released by the sweep; longer than any gateway's request timeout."""
@@ -330,6 +390,25 @@ class Settings(_Schema):
             seen.add(replica.name)
         return self
 
+    @model_validator(mode="after")
+    def _what_is_tuned_can_be(self) -> Self:
+        from gorgo_plugin.policies import POLICIES
+
+        tuning = self.tuning
+        if tuning.mode == "off":
+            return self
+        if not POLICIES[self.policy].weighted:
+            weighted = ", ".join(name for name, policy in POLICIES.items() if policy.weighted)
+            raise ValueError(
+                f"tuning.mode: '{tuning.mode}' needs a policy with weights ({weighted}), policy is '{self.policy}'"
+            )
+        if tuning.mode != "frozen" and not all(tuning.low <= weight <= tuning.high for weight in self.weight_pair()):
+            raise ValueError(
+                f"weights: tuning starts between tuning.low ({tuning.low:g}) and tuning.high ({tuning.high:g}), "
+                f"got rtt {self.weight_pair()[0]:g} and queue {self.weight_pair()[1]:g}"
+            )
+        return self
+
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
         """Validate a mapping.
@@ -348,6 +427,10 @@ class Settings(_Schema):
             return self.weights.rtt, self.weights.queue
         if self.weights is not None:
             return PUBLISHED_WEIGHTS[self.weights]
+        return self.neutral_weights()
+
+    def neutral_weights(self) -> tuple[float, float]:
+        """(W_rtt, W_queue) of the policy where nothing is set."""
         return PUBLISHED_WEIGHTS["art-chat"] if self.policy == "gorgo-paper" else (1.0, 1.0)
 
     def model_settings(self, model: str) -> ModelSettings:

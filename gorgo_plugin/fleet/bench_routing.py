@@ -19,11 +19,9 @@ from gorgo_plugin.fleet.bench_routing_plan import (
     Entry,
     Plan,
     held_out_windows,
-    tuner_is_there,
 )
 
 WITHOUT_TRACE = "Without --trace the cells of the trace are left out."
-WITHOUT_TUNER = "Routers here do not tune their weights yet: online and frozen rows are left out."
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +109,4 @@ def _left_out(plan: Plan, parts: Sequence[str]) -> list[str]:
     sentences = []
     if plan.trace is None and "grid" in parts:
         sentences.append(WITHOUT_TRACE)
-    if not tuner_is_there() and ("grid" in parts or "windows" in parts):
-        sentences.append(WITHOUT_TUNER)
     return sentences

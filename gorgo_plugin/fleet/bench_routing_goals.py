@@ -79,7 +79,9 @@ def cells(tables: Sequence[Table]) -> list[Cell]:
 
 
 def _against(table: Table, figure: str) -> Against:
-    others = [row for row in table.rows if row != OURS and not row.startswith(f"{OURS} ")]  # gorgo tuned is gorgo
+    others = [
+        row for row in table.rows if row not in (OURS, f"{OURS}-online", f"{OURS}-frozen")
+    ]  # tuned it is gorgo too
     best = min(others, key=lambda row: table.figure(row, figure))
     return Against(table.ratio(OURS, best, figure), best)
 

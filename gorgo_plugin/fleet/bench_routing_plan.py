@@ -13,7 +13,6 @@ from gorgo_plugin.fleet.requests import ReplayRequest
 from gorgo_plugin.fleet.rows import ROWS, Row
 from gorgo_plugin.fleet.simulation_runs import Source
 from gorgo_plugin.fleet.topology import Fleet
-from gorgo_plugin.settings import Settings
 
 OURS = "gorgo"
 WIDE, NEAR, UNEQUAL = "37/279/456", "8/65/82", "8/65/82 unequal"
@@ -108,7 +107,7 @@ HACKING_ROWS = (
 )
 # A tuner that begins where the paper's may end.
 HACKED_TUNER = Row(
-    "gorgo online from W_queue 0.05", {"weights": {"rtt": 1.0, "queue": 0.05}, "tuning": {"mode": "online"}}
+    "gorgo-online from W_queue 0.05", {"weights": {"rtt": 1.0, "queue": 0.05}, "tuning": {"mode": "online"}}
 )
 
 
@@ -148,22 +147,9 @@ def quick_plan(trace: Path | None = None) -> Plan:
     return Plan(trace, QUICK_SEEDS, QUICK_LIMIT, QUICK_DISTURBED_ROWS)
 
 
-def tuner_is_there() -> bool:
-    """Whether routers tune their weights."""
-    return "tuning" in Settings.model_fields
-
-
 def online_rows() -> list[Row]:
-    """Rows that tune their weights while they serve; none where routers do not."""
-    if not tuner_is_there():
-        return []
-    return [
-        Row("gorgo online", {"tuning": {"mode": "online"}}),
-        Row(
-            "gorgo-paper online",
-            {"policy": "gorgo-paper", "weights": {"rtt": 0.5, "queue": 0.1}, "tuning": {"mode": "online"}},
-        ),
-    ]
+    """Rows that tune their weights while they serve."""
+    return [ROWS["gorgo-online"], ROWS["gorgo-paper-online"]]
 
 
 def grid(plan: Plan) -> list[Entry]:
@@ -171,7 +157,7 @@ def grid(plan: Plan) -> list[Entry]:
     cases = {"art-chat": Source(workload="art-chat"), "agentic": Source(workload="agentic")}
     if plan.trace is not None:
         cases = {f"trace x{stretch:g}": Source(plan.trace, time_scale=stretch) for stretch in TRACE_STRETCHES} | cases
-    rows = [*ROWS.values(), *online_rows()]
+    rows = list(ROWS.values())
     return [
         Entry(case, name, Job(row, fleet, replace(source, limit=plan.limit), seed))
         for case, source in cases.items()
@@ -220,9 +206,7 @@ def offered_load(requests: list[ReplayRequest], fleet: Fleet) -> float:
 
 def hacking(plan: Plan) -> list[Entry]:
     """Chats on the wide fleet with weights at which the queue is free of charge, beside the usual ones."""
-    rows = [ROWS[OURS], HACKING_ROWS[0], ROWS["gorgo-paper:art-chat"], HACKING_ROWS[1], ROWS["nearest"]]
-    if tuner_is_there():
-        rows.append(HACKED_TUNER)
+    rows = [ROWS[OURS], HACKING_ROWS[0], ROWS["gorgo-paper:art-chat"], HACKING_ROWS[1], ROWS["nearest"], HACKED_TUNER]
     source = Source(workload="art-chat", time_scale=HACKING_TIME_SCALE)
     return [Entry("art-chat", WIDE, Job(row, FLEETS[WIDE], source, seed)) for row in rows for seed in plan.seeds]
 

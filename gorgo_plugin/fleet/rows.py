@@ -40,8 +40,14 @@ class Row:
 
 _ALL = (
     Row("gorgo"),
+    Row("gorgo-online", {"tuning": {"mode": "online"}}),
     Row("gorgo-paper:art-chat", {"policy": "gorgo-paper", "weights": "art-chat"}),
     Row("gorgo-paper:wildchat", {"policy": "gorgo-paper", "weights": "wildchat"}),
+    # The paper's own start.
+    Row(
+        "gorgo-paper-online",
+        {"policy": "gorgo-paper", "weights": {"rtt": 0.5, "queue": 0.1}, "tuning": {"mode": "online"}},
+    ),
     Row("gorgo-v1-proxy", {"policy": "gorgo-v1-proxy"}),
     Row("gorgo-v1-distributed", {"policy": "gorgo-v1-distributed"}, distributed=True),
     Row("least-load", {"policy": "least-load"}),

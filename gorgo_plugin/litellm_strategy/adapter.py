@@ -19,6 +19,7 @@ from gorgo_plugin.litellm_strategy.selector import Selector
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import Runtime
 from gorgo_plugin.runtime.hub import with_local_tokenizers
+from gorgo_plugin.runtime.state_file import with_frozen_weights
 from gorgo_plugin.settings import Settings
 
 FOLLOW_EVERY_S = 1.0  # a deployment removed elsewhere is probed this much longer; a changed one is noticed at once
@@ -121,7 +122,7 @@ class Adapter:
         for key, use in uses.items():
             if key not in self._shares:  # new arguments: a tokenizer may be out of reach
                 with _named(use.where):
-                    Router(with_local_tokenizers(wanted[key]))
+                    Router(with_frozen_weights(with_local_tokenizers(wanted[key])))
 
     def refuse(self, reason: str) -> None:
         """Keep the last good state, and say so once."""

@@ -138,6 +138,7 @@ class Policy:
     Attributes:
         name: what `policy:` selects.
         reason: what a decision says when the best score alone decided.
+        weighted: it uses `View.weights`, so they can be tuned.
         reads_gauges: the engines are scraped once a second for it.
         tie_ms, tie_share: candidates within `tie_ms + tie_share * best` of the best score count as equal, and one of
             them is taken at random.
@@ -145,6 +146,7 @@ class Policy:
 
     name: ClassVar[str]
     reason: ClassVar[str]
+    weighted: ClassVar[bool] = False
     reads_gauges: ClassVar[bool] = False
     tie_ms: ClassVar[float] = 0.0
     tie_share: ClassVar[float] = 0.0

@@ -9,6 +9,7 @@ class Gorgo(Policy):
 
     name = "gorgo"
     reason = "cheapest"
+    weighted = True
     # Predictions are not good to 2%, and a burst that always takes the first of equals would herd.
     tie_ms = 1.0
     tie_share = 0.02

@@ -13,6 +13,7 @@ class GorgoPaper(Policy):
 
     name = "gorgo-paper"
     reason = "cheapest"
+    weighted = True
 
     def scores(self, view: View) -> FloatArray:
         """Token equivalents."""

@@ -26,6 +26,7 @@ REASONS = {
     "longest-prefix": "it has the longest part of the prompt cached",
     "affinity": "the session's hash points to it",
     "random": "drawn at random",
+    "trial": "weights under test would rather have it there",
 }
 
 

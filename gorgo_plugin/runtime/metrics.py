@@ -115,6 +115,17 @@ DERIVED: tuple[Family, ...] = (
     Family("gorgo_engine_waiting", "gauge", _REPLICA, "Requests waiting, as the engine says."),
     Family("gorgo_engine_kv_usage_ratio", "gauge", _REPLICA, "Share of the KV cache in use, as the engine says."),
     Family("gorgo_engine_age_seconds", "gauge", _REPLICA, "Time since the engine's gauges were last read."),
+    Family("gorgo_weight", "gauge", ("weight",), "Weight in force, by name: rtt, queue."),
+    Family("gorgo_tuning_weight", "gauge", ("weight",), "Weight that tuning has learned; with propose: would apply."),
+    Family("gorgo_tuning_sigma", "gauge", (), "Step of the search for weights, in log space."),
+    Family("gorgo_tuning_trial", "gauge", (), "1 while a candidate is under test."),
+    Family(
+        "gorgo_tuning_trials_total",
+        "counter",
+        ("ending",),
+        "Trials of candidates, by how they ended: accepted, worse, guarded, undecided, foreseen (as worse: not tried), "
+        "same (as the incumbent in all decisions).",
+    ),
     Family("gorgo_flights_swept_total", "counter", (), "Flights released by the sweep because nothing ended them."),
 )
 

@@ -30,6 +30,8 @@ from gorgo_plugin.runtime.kv_events import KvEventJob, KvWatch, check_installed
 from gorgo_plugin.runtime.metrics import Metrics, Reading
 from gorgo_plugin.runtime.probes import ProbeJob, Watch
 from gorgo_plugin.runtime.scraper import ScrapeJob
+from gorgo_plugin.runtime.state_file import with_frozen_weights
+from gorgo_plugin.runtime.state_keeper import Keeper
 from gorgo_plugin.runtime.threads import LatePrompt, PromptThreads
 from gorgo_plugin.settings import Settings
 
@@ -44,6 +46,7 @@ _turn = operator.itemgetter("role", "content")
 OBJECT_CHARS = 64  # what a small object takes to read, in characters of text that would take as long
 STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
 FLUSH_EVERY_S = 1.0
+STEPS_EVERY_S = 2.0  # a trial takes many seconds
 SWEEPS_PER_TTL = 10  # a lost flight is released at most a tenth of its time to live late
 
 
@@ -66,7 +69,10 @@ class Runtime:
             SettingsError: a setting cannot be used, or a tokenizer is out of reach.
         """
         check_installed(settings)
-        self.router = _warm(Router(with_local_tokenizers(settings), secret=secrets.token_bytes(32)))
+        usable = with_frozen_weights(with_local_tokenizers(settings))
+        self._keeper, secret = Keeper(settings), secrets.token_bytes(32)
+        build: Callable[[Mapping[str, Any] | None], Router] = functools.partial(_router, usable, secret)
+        self.router = _warm(self._keeper.restored(settings, build))
         self.settings = settings
         self.gateway = gateway
         self.metrics = Metrics(settings)
@@ -100,6 +106,7 @@ class Runtime:
             self._threads.close()
         if not self._background.join(STOP_TIMEOUT_S):
             _log.warning("gorgo: the background thread has not ended after %g s", STOP_TIMEOUT_S)
+        self._keeper.close(self.router)
 
     async def prepare(
         self,
@@ -166,7 +173,7 @@ class Runtime:
         """
         try:
             check_installed(settings)
-            self.router.reconfigure(with_local_tokenizers(settings))
+            self.router.reconfigure(with_frozen_weights(with_local_tokenizers(settings)))
         except SettingsError as error:
             self.refuse(str(error))
             raise
@@ -174,6 +181,7 @@ class Runtime:
             self._threads = None  # they end once the prompts under way are finished
         self.settings, self.settings_error = settings, None
         self.metrics.set_settings(settings)
+        self._keeper.set_settings(settings, self.router)
         self._watch_replicas()
 
     def refuse(self, reason: str) -> None:
@@ -207,6 +215,10 @@ class Runtime:
             "mode": self.settings.mode,
             **explanation(self.router, prompt, endpoint),
         }
+
+    def kept(self) -> dict[str, Any] | None:
+        """The state file, when it was written and what went wrong; None where none is kept."""
+        return self._keeper.describe()
 
     def watches(self, replica: str) -> Iterator[tuple[str, Watch | KvWatch]]:
         """("probe" | "scrape" | "kv_events", what became of it) for one replica."""
@@ -265,6 +277,10 @@ class Runtime:
         pause_s = settings.flight_ttl_s / SWEEPS_PER_TTL
         wanted["sweep", pause_s] = functools.partial(_sweep, router, pause_s)
         wanted["flush"] = functools.partial(_flush, metrics)
+        if settings.state.path is not None:
+            wanted["state", settings.state] = functools.partial(self._keeper.run, router, settings.state.interval_s)
+        if settings.tuning.mode in ("online", "propose"):
+            wanted["steps"] = functools.partial(_tell_steps, router)
         self._background.want(wanted)
 
 
@@ -300,6 +316,10 @@ def _texts(messages: Sequence[Any]) -> list[str]:
     return contents if fields == {2} and {*map(type, contents)} == {str} else []
 
 
+def _router(settings: Settings, secret: bytes, state: Mapping[str, Any] | None) -> Router:
+    return Router(settings, secret=secret) if state is None else Router(settings, state=state, secret=secret)
+
+
 def _warm(router: Router) -> Router:
     """Prepare one prompt per model: the first takes 50 ms, in which templates are compiled and code is imported."""
     for model in ("", *router.settings.models):
@@ -314,6 +334,20 @@ async def _sweep(router: Router, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
         if lost := router.sweep():
             _log.warning("gorgo: released %d flights that nothing had ended", lost)
+
+
+async def _tell_steps(router: Router) -> None:
+    """Log the steps of the tuner; the router itself does not log."""
+    told = 0
+    while True:
+        await asyncio.sleep(STEPS_EVERY_S)
+        steps = (router.snapshot()["tuning"] or {}).get("steps", ())
+        told = min(told, steps[-1]["number"] if steps else 0)  # a new tuner counts anew
+        for step in steps:
+            if step["number"] > told:
+                told = step["number"]
+                level = logging.INFO if step["ending"] == "accepted" else logging.DEBUG
+                _log.log(level, "gorgo: tuning %s", status.step_line(step))
 
 
 async def _flush(metrics: Metrics) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import gorgo_plugin
-from gorgo_plugin.runtime.metrics import Reading
 
 if TYPE_CHECKING:
+    from gorgo_plugin.runtime.metrics import Reading
     from gorgo_plugin.runtime.runtime import Runtime
 
 
@@ -40,6 +40,7 @@ def status(runtime: Runtime) -> dict[str, Any]:
         "settings_error": runtime.settings_error,
         "replicas": replicas,
         "prompts": runtime.router.builder.describe(),
+        "state": runtime.kept(),
     }
 
 
@@ -48,6 +49,7 @@ def readings(runtime: Runtime) -> Iterator[Reading]:
     snapshot = runtime.router.snapshot()
     yield "gorgo_active", (snapshot["policy"],), float(runtime.active)
     yield "gorgo_flights_swept_total", (), float(snapshot["counters"]["swept_flights"])
+    yield from _tuning_readings(snapshot)
     for name, replica in snapshot["replicas"].items():
         labels = (name, replica["region"])
         latency, gauges = replica["latency"], replica["gauges"]
@@ -68,6 +70,32 @@ def readings(runtime: Runtime) -> Iterator[Reading]:
             yield "gorgo_engine_waiting", labels, gauges["waiting"]
             yield "gorgo_engine_kv_usage_ratio", labels, gauges["kv_usage"]
             yield "gorgo_engine_age_seconds", labels, gauges["age_s"]
+
+
+def step_line(step: Mapping[str, Any]) -> str:
+    """One step of the tuner, as the log has it."""
+    old, new, seen = step["incumbent"], step["candidate"], step["objective"]
+    line = (
+        f"step {step['number']}, {step['ending']}: W_rtt {old['rtt']:.3g} -> {new['rtt']:.3g}, "
+        f"W_queue {old['queue']:.3g} -> {new['queue']:.3g}; {step['requests']} requests, {step['differing']} differing"
+    )
+    if seen is None or seen["incumbent_ms"] is None or seen["candidate_ms"] is None:
+        return line
+    return f"{line}; {seen['incumbent_ms']:.0f} -> {seen['candidate_ms']:.0f} ms (z {seen['z']:.1f})"
+
+
+def _tuning_readings(snapshot: Mapping[str, Any]) -> Iterator[Reading]:
+    for weight, value in snapshot["weights"].items():
+        yield "gorgo_weight", (weight,), value
+    tuning = snapshot["tuning"]
+    if tuning is None:
+        return
+    yield "gorgo_tuning_sigma", (), tuning["sigma"]
+    yield "gorgo_tuning_trial", (), float(tuning["candidate"] is not None)
+    for weight, value in tuning["weights"].items():
+        yield "gorgo_tuning_weight", (weight,), value
+    for ending, count in tuning["endings"].items():
+        yield "gorgo_tuning_trials_total", (ending,), float(count)
 
 
 def without_userinfo(url: str) -> str:

@@ -1,10 +1,20 @@
 """What the router knows of the fleet: round trips, flights, rates, engine gauges, health. None reads a clock."""
 
 from gorgo_plugin.signals.arrivals import Arrivals
-from gorgo_plugin.signals.flights import Flight, Flights
+from gorgo_plugin.signals.flights import Flight, Flights, Observer
 from gorgo_plugin.signals.gauges import EngineGauges, GaugeTable
 from gorgo_plugin.signals.health import HealthTable
 from gorgo_plugin.signals.latency import LatencyTable
 from gorgo_plugin.signals.rates import RateTable
 
-__all__ = ["Arrivals", "EngineGauges", "Flight", "Flights", "GaugeTable", "HealthTable", "LatencyTable", "RateTable"]
+__all__ = [
+    "Arrivals",
+    "EngineGauges",
+    "Flight",
+    "Flights",
+    "GaugeTable",
+    "HealthTable",
+    "LatencyTable",
+    "Observer",
+    "RateTable",
+]

@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,16 @@ from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 LATE_AFTER_MS = 100.0
 # As arrays: NumPy takes 0.3 us to make one of a number.
 _ZERO, _LATE_AFTER_MS = np.zeros(()), np.array(LATE_AFTER_MS)
+
+
+class Observer(Protocol):
+    """Who wants to know what becomes of a flight."""
+
+    def first_token(self, now_s: float) -> None:
+        """Its first token was seen."""
+
+    def ended(self, now_s: float, failure: str | None) -> None:
+        """It was answered, or failed so: as `Router.fail` has it, or `retried` or `lost`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +44,7 @@ class Flight:
         predicted_ms: predicted TTFT.
         prefill_ends_s: when the prefill is predicted to end; what releases the queue for a non-streamed request.
         first_token_s: when the first token was seen, None before.
+        observer: is told what becomes of it.
         in_queue: it still blocks the replica's prefill queue.
     """
 
@@ -57,12 +69,19 @@ class Flight:
     credit: Credit | None
     awaits_tokens: bool = False  # routed on an estimate; `hashes` and `credit` are of what was known
     cache_key: str = ""
+    observer: Observer | None = None
     first_token_s: float | None = None
     in_queue: bool = True
     learned: bool = False  # its times have been learned from, or must not be
     usage_seen: bool = False
     output_tokens: float | None = None  # as the engine reported, in own tokens
     learned_uncached_tokens: float | None = None  # as the engine reported
+
+    def tell_end(self, now_s: float, failure: str | None) -> None:
+        """Tell the observer how it ended."""
+        if self.observer is not None:
+            self.observer.ended(now_s, failure)
+            self.observer = None
 
     @property
     def tellable(self) -> bool:

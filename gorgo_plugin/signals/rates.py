@@ -9,8 +9,9 @@ turn negative. A short prompt is little evidence of the slope, a long one little
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -52,11 +53,11 @@ class RateTable(Table):
         if len(window) <= WINDOW // 4 or seen[slot] % REFIT_EVERY == 0:
             self._fit(slot, window)
 
-    def restore(self, slot: int, ms_per_token: float, overhead_ms: float, samples: float) -> None:
-        """Take over what another router learned; it weighs like a prior until own samples come."""
+    def restore(self, slot: int, known: Mapping[str, Any]) -> None:
+        """Take over what another table's `describe` tells; it weighs like a prior until own samples come."""
         cells = self._columns.cells
-        cells["ms_per_token"][slot], cells["overhead_ms"][slot] = ms_per_token, overhead_ms
-        cells["samples"][slot] = samples
+        for name in ("ms_per_token", "overhead_ms", "samples"):
+            cells[name][slot] = float(known[name])
 
     def ms_per_token(self, rows: Rows) -> FloatArray:
         """Milliseconds per uncached prompt token."""

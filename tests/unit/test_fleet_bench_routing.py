@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from gorgo_plugin.cli import main
 from gorgo_plugin.fleet import bench_routing_plan
-from gorgo_plugin.fleet.bench_routing import WITHOUT_TUNER, measure
 from gorgo_plugin.fleet.bench_routing_events import recovery
 from gorgo_plugin.fleet.bench_routing_goals import P50, P95, cells, checks, sweep_checks
 from gorgo_plugin.fleet.bench_routing_groups import FIGURES, Table
@@ -96,7 +95,7 @@ GRID = [
     table("trace x3", {"gorgo": result(90, 80, 70, 50), "a": result(100, 200, 70, 50), "b": result(300, 100, 90, 100)}),
     table(
         "art-chat",
-        {"gorgo": result(50, 90, 90, 99), "a": result(100, 100, 100, 90), "gorgo online": result(1, 1, 1, 1)},
+        {"gorgo": result(50, 90, 90, 99), "a": result(100, 100, 100, 90), "gorgo-online": result(1, 1, 1, 1)},
     ),
 ]
 
@@ -189,26 +188,16 @@ def test_the_load_sweep_asks_for_the_load_it_names() -> None:
 
 
 def test_held_out_windows_hold_the_weights_that_were_learned() -> None:
-    tuned = Row("gorgo online", {"tuning": {"mode": "online"}})
+    tuned = Row("gorgo-online", {"tuning": {"mode": "online"}})
     entry = Entry("tuning window", WIDE, Job(tuned, FLEETS[WIDE], CHAT, 3))
     later = list(held_out_windows(Plan(seeds=(3,)), [(entry, result(1, 1, 1, 1, weights=(0.5, 2.0)))]))
     weights = {"rtt": 0.5, "queue": 2.0}
     settings = {one.job.row.name: one.job.row.settings for one in later}
-    assert settings["gorgo frozen"] == {"weights": weights}
-    assert settings["gorgo online"] == {"weights": weights, "tuning": {"mode": "online"}}
+    assert settings["gorgo-frozen"] == {"weights": weights}
+    assert settings["gorgo-online"] == {"weights": weights, "tuning": {"mode": "online"}}
     assert settings["gorgo"] == {}
     assert all(one.job.seed > 1_000 for one in later)
     assert {one.case for one in later} == {"held-out window 1", "held-out window 2"}
-
-
-def test_without_a_tuner_its_rows_are_left_out_with_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("gorgo_plugin.fleet.bench_routing.tuner_is_there", lambda: False)
-    monkeypatch.setattr(bench_routing_plan, "tuner_is_there", lambda: False)
-    monkeypatch.setattr(bench_routing_plan, "WINDOW_ROWS", ("nearest",))
-    monkeypatch.setattr(bench_routing_plan, "WINDOWS", CHAT)
-    measured = measure(Plan(seeds=(0,)), ["windows"], tmp_path, 1)
-    assert [found.case for found in measured.tables["windows"]] == ["held-out window 1", "held-out window 2"]
-    assert measured.left_out == [WITHOUT_TUNER]
 
 
 def test_the_command_prints_tables_and_writes_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from gorgo_plugin.fleet.bench_tuning import Outcome, mean_ratio, report, stationary
+
+
+def test_a_run_that_tunes_nothing_new_is_the_run_without_tuning() -> None:
+    outcome = stationary(0, requests=60)  # screened only: nothing was tried yet
+    assert (outcome.ttft_p95, outcome.e2e_p95, outcome.untuned) == (1.0, 1.0, 1.0)
+    assert outcome.weights == {"rtt": 1.0, "queue": 1.0}
+
+
+def test_the_report_has_a_line_a_seed_and_the_means() -> None:
+    outcomes = [
+        Outcome(seed, ratio, 1.0, 2.0, 0.5, {"rtt": 1.0, "queue": 1.0}, {"accepted": 1, "same": 0})
+        for seed, ratio in enumerate((0.9, 1.1))
+    ]
+    lines = report("recovery", outcomes)
+    assert "seed  1: TTFT p95 1.100 (left alone 2.00)" in lines[2]
+    assert "1 accepted" in lines[1]
+    assert "same" not in lines[1]
+    assert "TTFT p95: 0.995" in lines[3]
+    mean = mean_ratio([0.5, 2.0])
+    assert mean.value == pytest.approx(1.0)
+    assert mean.low == pytest.approx(0.5)
+    assert mean.high == pytest.approx(2.0)
