@@ -114,9 +114,10 @@ class ModelState:
                 blocks[slot] = 0
             for slot, told in found.told.items():
                 blocks[slot] = max(blocks[slot], told)
-        cached = np.minimum(blocks, max(own_tokens - 1, 0) // self.block_tokens)
-        cached *= self.block_tokens * scale
-        return cached
+        most = max(own_tokens - 1, 0) // self.block_tokens
+        if blocks is not found.blocks or own_tokens % self.block_tokens == 0:  # else what was found is never more
+            blocks = np.minimum(blocks, most)
+        return blocks * (self.block_tokens * scale)
 
     @property
     def keeps_answers(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import View
-from gorgo_plugin.policies.base import blocking_ms
+from gorgo_plugin.policies.base import WAITING_SHARE, blocking_ms
 from gorgo_plugin.replicas import Candidates
 from gorgo_plugin.signals import Arrivals, Flights, GaugeTable, LatencyTable
 
@@ -38,7 +38,7 @@ class Views:
         prefill_ms = ms_per_token * uncached
         prefill_ms += model.rates.overhead_ms(rows)
         queue_ms = flights.backlog_ms(rows, ms_per_token, now)
-        arrivals, decoding = self.arrivals.per_ms(rows, now), flights.column("decoding", rows)
+        arrivals, decoding = self.arrivals.per_ms(rows, now, WAITING_SHARE), flights.column("decoding", rows)
         utilisation = self.arrivals.utilisation(now) / len(among.names)
         return View(
             names=among.names,

@@ -11,12 +11,14 @@ import numpy as np
 
 from gorgo_plugin.signals.columns import FloatArray
 
-# Of those who would wait for a prefill, as many are sent elsewhere instead; half of the delay is counted.
+# Half of those who would wait for a prefill are thought to be sent elsewhere instead.
 WAITING_SHARE = 0.5
 # What a millisecond of a running answer's delay weighs against one before a first token.
 DECODING_SHARE = 0.03
 # Where the price of work stops growing: the fleet is full then, whatever goes where.
 MOST_UTILISATION = 0.9
+# As arrays: NumPy takes 0.3 us to make one of a number.
+_HALF, _DECODING_SHARE = np.array(0.5), np.array(DECODING_SHARE)
 
 Number = TypeVar("Number", float, FloatArray)
 
@@ -116,16 +118,18 @@ def blocking_ms(
 ) -> FloatArray:
     """Milliseconds that a prefill is expected to make others wait, per candidate.
 
+    `arrivals_per_ms` are those that do wait, `WAITING_SHARE` of all.
+
     Prefill is first come, first served. A request that arrives while this one waits (`queue_ms`) waits all of
     `prefill_ms` longer, one that arrives while it runs what is left of it: together `arrivals * prefill * (queue +
-    prefill / 2)`, of which `WAITING_SHARE` counts. Answers that are being decoded pause for every step of it: that
-    delays their ends, not their first tokens, and counts by `DECODING_SHARE`. And the fuller the fleet is, the more
-    requests wait for work that a cache would have saved: `u**2 / (1 - u)` in the mean queue at the utilisation `u`.
+    prefill / 2)`. Answers that are being decoded pause for every step of it: that delays their ends, not their first
+    tokens, and counts by `DECODING_SHARE`. And the fuller the fleet is, the more requests wait for work that a cache
+    would have saved: `u**2 / (1 - u)` in the mean queue at the utilisation `u`.
     """
-    others = 0.5 * prefill_ms
+    others = _HALF * prefill_ms
     others += queue_ms
-    others *= WAITING_SHARE * arrivals_per_ms
-    others += DECODING_SHARE * decoding
+    others *= arrivals_per_ms
+    others += _DECODING_SHARE * decoding
     full = min(utilisation, MOST_UTILISATION)
     others += full**2 / (1.0 - full)
     others *= prefill_ms

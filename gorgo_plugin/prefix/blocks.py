@@ -15,10 +15,12 @@ MAX_HASHERS = 64  # block sizes and secrets in use at a time
 
 
 class BlockHasher:
-    """Multilinear hash of each full block of a prompt: `h = sum(key_i * token_i) mod 2**64` with secret odd keys.
+    """Multilinear hash of each full block of a prompt: `h = sum(key_i * pair_i) mod 2**64` with secret odd keys.
 
-    Two different blocks of token ids below 2**18 collide with a probability of about 2**-46. Blocks are not chained: in
-    the index the path is the context. One vectorised pass, about 20 us for 20,000 tokens.
+    A pair is two token ids side by side, which halves the multiplications; a block of an odd number of tokens is hashed
+    token by token. Two blocks of ids below 2**18 collide with a probability of about 2**-46 where a first token of a
+    pair differs, and of about 2**-30 where only second ones do: that costs an estimate, never an answer. Blocks are not
+    chained: in the index the path is the context. One vectorised pass, about 11 us for 20,000 tokens.
     """
 
     def __init__(self, block_tokens: int, secret: bytes) -> None:
@@ -26,6 +28,8 @@ class BlockHasher:
         stream = hashlib.shake_256(b"gorgo block keys" + secret).digest(8 * block_tokens)
         self._secret = hashlib.blake2b(secret, key=b"gorgo cache key", digest_size=32).digest()
         self._keys = np.frombuffer(stream, dtype=np.uint64) | np.uint64(1)
+        self._unit = np.dtype(np.uint32 if block_tokens % 2 else np.uint64)
+        self._units = block_tokens * 4 // self._unit.itemsize  # of a block
         self._factors: list[int] = self._keys.tolist()
 
     def hashes(self, tokens: NDArray[np.uint32], cache_key: str = "", known: bytes = b"") -> bytes:
@@ -38,8 +42,9 @@ class BlockHasher:
         """
         start, blocks = len(known) // HASH_BYTES, len(tokens) // self.block_tokens
         if blocks > start:
-            full = tokens[start * self.block_tokens : blocks * self.block_tokens].reshape(-1, self.block_tokens)
-            known += np.vecdot(full, self._keys).tobytes()
+            full = np.ascontiguousarray(tokens[start * self.block_tokens : blocks * self.block_tokens])
+            units = full.view(self._unit).reshape(-1, self._units)
+            known += np.vecdot(units, self._keys[: self._units]).tobytes()
         return self.salted(known, cache_key)
 
     def tail(self, tokens: NDArray[np.uint32], blocks: int, count: int) -> bytes:

@@ -30,9 +30,9 @@ class Arrivals(Table):
         self._columns.cells["requests"][slot] += weight
         self._prefill_ms += weight * prefill_ms
 
-    def per_ms(self, rows: Rows, now_s: float) -> FloatArray:
-        """Requests per millisecond, per replica."""
-        return self._columns["requests"][rows] * self._share_of_a_ms(now_s)
+    def per_ms(self, rows: Rows, now_s: float, share: float = 1.0) -> FloatArray:
+        """`share` of the requests per millisecond, per replica."""
+        return self._columns["requests"][rows] * (share * self._share_of_a_ms(now_s))
 
     def utilisation(self, now_s: float) -> float:
         """Milliseconds of prefill sent to all replicas together per millisecond: 1.0 keeps one of them busy."""

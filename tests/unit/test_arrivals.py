@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from gorgo_plugin.policies.base import DECODING_SHARE, MOST_UTILISATION, WAITING_SHARE, blocking_ms
+from gorgo_plugin.policies.base import DECODING_SHARE, MOST_UTILISATION, blocking_ms
 from gorgo_plugin.signals.arrivals import HORIZON_S, Arrivals
 
 
@@ -52,7 +52,7 @@ def test_the_price_of_blocking_is_the_delay_of_those_who_come_meanwhile():
     delay = np.minimum(prefill_ms, queue_ms + prefill_ms - steps)  # of one who comes then
     expected = rate_per_ms * delay.sum() * 0.01
     priced = blocking_ms(np.array([prefill_ms]), np.array([queue_ms]), np.array([rate_per_ms]), np.zeros(1), 0.0)
-    assert priced[0] == pytest.approx(WAITING_SHARE * expected, rel=1e-3)
+    assert priced[0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_running_answers_count_for_their_share():
