@@ -69,7 +69,7 @@ def test_usage_is_read_at_the_end_of_a_long_stream_of_which_little_is_kept(endpo
     try:
         for piece in pieces:
             tail.add(piece)
-        assert tracemalloc.get_traced_memory()[1] < 8 * TAIL_BYTES
+        assert tracemalloc.get_traced_memory()[1] < 16 * TAIL_BYTES  # with what other threads allocate
     finally:
         tracemalloc.stop()
     assert tail.usage() == Usage(prompt_tokens(BODIES[endpoint]), 16, OUTPUT_TOKENS)
