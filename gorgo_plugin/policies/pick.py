@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,10 +56,12 @@ def pick(policy: Policy, view: View, tiers: Sequence[int] | None, rng: random.Ra
     ).tolist()
     lowest = min(eligible)
     limit = lowest + policy.tie_ms + policy.tie_share * abs(lowest)
-    near = [row for row, score in enumerate(eligible) if score <= limit]
-    row, reason = near[0], policy.reason
-    if len(near) > 1:
-        row, reason = sorted(near, key=eligible.__getitem__)[rng.randrange(len(near))], "near-tie"
+    row, reason = eligible.index(lowest), policy.reason
+    eligible[row] = math.inf
+    if min(eligible) <= limit:
+        others = [other for other, score in enumerate(eligible) if score <= limit and other != row]
+        near = [row, *sorted(others, key=eligible.__getitem__)]
+        row, reason = near[rng.randrange(len(near))], "near-tie"
     return Choice(row, reason if tiers is None else _reason(scores, tiers, row, reason), scores, tiers)
 
 

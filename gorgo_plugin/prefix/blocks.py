@@ -30,6 +30,7 @@ class BlockHasher:
         self._keys = np.frombuffer(stream, dtype=np.uint64) | np.uint64(1)
         self._unit = np.dtype(np.uint32 if block_tokens % 2 else np.uint64)
         self._units = block_tokens * 4 // self._unit.itemsize  # of a block
+        self._unit_keys = self._keys[: self._units]
         self._factors: list[int] = self._keys.tolist()
 
     def hashes(self, tokens: NDArray[np.uint32], cache_key: str = "", known: bytes = b"") -> bytes:
@@ -44,7 +45,7 @@ class BlockHasher:
         if blocks > start:
             full = np.ascontiguousarray(tokens[start * self.block_tokens : blocks * self.block_tokens])
             units = full.view(self._unit).reshape(-1, self._units)
-            known += np.vecdot(units, self._keys[: self._units]).tobytes()
+            known += np.vecdot(units, self._unit_keys).tobytes()
         return self.salted(known, cache_key)
 
     def tail(self, tokens: NDArray[np.uint32], blocks: int, count: int) -> bytes:

@@ -127,13 +127,13 @@ class PrefixIndex:
         for mask, _ in walk:
             left |= mask
         for mask, depth in walk:  # all that came so far; who came further is written over
-            if not left & (left - 1):  # one replica alone
+            if left.bit_count() == 1:
                 bit = left.bit_length() - 1
                 if bit in owner:
                     found[owner[bit]] = depth
             else:
                 found[self._replicas_of(left)] = depth
-            left &= ~mask
+            left ^= mask
         return found
 
     def _replicas_of(self, mask: int) -> NDArray[np.intp]:
@@ -154,7 +154,7 @@ class PrefixIndex:
             child = children.get(hashes[position : position + HASH_BYTES])
             here = alive & child.mask if child is not None else 0
             if here != alive and position:
-                stopped.append((alive & ~here, position // HASH_BYTES))
+                stopped.append((alive ^ here, position // HASH_BYTES))
             if child is None or not here:
                 return stopped
             alive, edge = here, child.edge
