@@ -49,6 +49,12 @@ NOT_OURS: bytes = pb.ProcessingResponse(
 ).SerializeToString()
 
 
+# How Envoy begins messages with the headers of a request and of an answer, and what marks the end of a body.
+_REQUEST_HEADERS, _ANSWER_HEADERS, _END = b"\x12", b"\x1a", b"\x10\x01"
+# Headers are the same for most requests, as no more of them is forwarded than matters: longer ones are read each time.
+_ALIKE_BYTES = 512
+
+
 class Head(NamedTuple):
     """What of a request's headers matters.
 
@@ -75,6 +81,59 @@ class Served(NamedTuple):
     replica: str | None
     attempts: int
     details: str
+
+
+class Received(NamedTuple):
+    """A message of Envoy's.
+
+    Attributes:
+        kind: which of the protocol's requests.
+        content: what matters of it: of a request's headers and an answer's as `read_head` and `read_served` tell, of
+            a request's body its bytes.
+        attempt: `attempt_id` of an observed one, which awaits no answer; None where one is awaited.
+    """
+
+    kind: str
+    content: Head | Served | bytes | None
+    attempt: str | None
+
+
+def read(raw: bytes) -> Received:
+    """A message as it came over the wire.
+
+    Raises:
+        DecodeError: it is none.
+    """
+    # What a path's query holds may be a secret, and a body is one: neither is kept.
+    tag = raw[:1]
+    alike = tag == _ANSWER_HEADERS or (tag == _REQUEST_HEADERS and b"?" not in raw)
+    return _read_alike(raw) if alike and len(raw) <= _ALIKE_BYTES else _read(raw)
+
+
+def _read(raw: bytes) -> Received:
+    message = pb.ProcessingRequest.FromString(raw)
+    kind, content = message.WhichOneof("request"), None
+    if kind == "request_body":
+        content = message.request_body.body
+    elif kind == "request_headers":
+        content = read_head(message)
+    elif kind == "response_headers":
+        content = read_served(message)
+    return Received(kind, content, attempt_id(message) if message.observability_mode else None)
+
+
+_read_alike = functools.lru_cache(maxsize=4096)(_read)
+
+
+def piece_of(raw: bytes) -> bytes:
+    """What an observed message holds of its answer."""
+    piece: bytes = pb.ProcessingRequest.FromString(raw).response_body.body
+    return piece
+
+
+def ends_answer(raw: bytes) -> bool:
+    """Whether an observed message is the last of its answer."""
+    return _END in raw and bool(pb.ProcessingRequest.FromString(raw).response_body.end_of_stream)
 
 
 def read_head(message: Message) -> Head | None:

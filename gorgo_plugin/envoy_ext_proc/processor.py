@@ -18,7 +18,7 @@ from gorgo_plugin.envoy_ext_proc.answers import Tail, shows_first_token
 from gorgo_plugin.envoy_ext_proc.attempts import EnvoyAttempt
 from gorgo_plugin.envoy_ext_proc.bodies import asking_for_usage, stream_reports_usage, unpacked
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import address_of
-from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Message
+from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Received, Served
 from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
 from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.runtime import Runtime
@@ -54,13 +54,16 @@ class Processor:
         """One stream, from its first message to its end."""
         self.streams += 1
         try:
-            first = await context.read()
-            if first is grpc.aio.EOF:
+            raw = await context.read()
+            if raw is grpc.aio.EOF:
                 return
-            if first.observability_mode:
-                await self._watch(first, context)
-            else:
+            first = messages.read(raw)
+            if first.attempt is None:
                 await _Routing(self, context).run(first)
+                return
+            self._watched = True
+            if (attempt := self._attempts.get(first.attempt)) is not None:
+                await _watch(raw, attempt, context)
         finally:
             self.streams -= 1
 
@@ -98,26 +101,23 @@ class Processor:
             self._logged_s = now_s
             _log.error("gorgo: a request was left to Envoy", exc_info=error)
 
-    async def _watch(self, message: Message, context: Context) -> None:
-        attempt = self._attempts.get(messages.attempt_id(message))
-        self._watched = True
-        if attempt is None:
+
+async def _watch(raw: bytes, attempt: EnvoyAttempt, context: Context) -> None:
+    """The stream of one answer's pieces. They are many, so no more than needed is read of each."""
+    tail = Tail(attempt.endpoint, messages.piece_of)
+    while raw is not grpc.aio.EOF and attempt.closed in (None, "finished"):
+        if not attempt.began and attempt.streamed and shows_first_token(raw, attempt.endpoint):
+            attempt.first_token()
+        if attempt.reads_usage:
+            tail.add(raw)
+        elif attempt.began:
             return
-        tail = Tail(attempt.endpoint)
-        while message is not grpc.aio.EOF and attempt.closed in (None, "finished"):
-            body = message.response_body
-            if not attempt.began and attempt.streamed and shows_first_token(body.body, attempt.endpoint):
-                attempt.first_token()
+        if messages.ends_answer(raw):
             if attempt.reads_usage:
-                tail.add(body.body)
-            elif attempt.began:
-                return
-            if body.end_of_stream:
-                if attempt.reads_usage:
-                    attempt.usage(tail.usage())
-                attempt.finish()
-                return
-            message = await context.read()
+                attempt.usage(tail.usage())
+            attempt.finish()
+            return
+        raw = await context.read()
 
 
 class _Routing:
@@ -132,25 +132,28 @@ class _Routing:
         self._asked: asyncio.Future[None] | None = None
         self._attempt: EnvoyAttempt | None = None
 
-    async def run(self, message: Message) -> None:
+    async def run(self, message: Received) -> None:
         write, read = self._context.write, self._context.read
         try:
-            while message is not grpc.aio.EOF:
-                kind = message.WhichOneof("request")
+            while True:
+                kind, content, _ = message
                 if kind == "request_headers":
-                    self._head = None if self._runtime.settings.mode == "off" else messages.read_head(message)
-                    if self._head is None:
+                    if not isinstance(content, Head) or self._runtime.settings.mode == "off":
                         await write(messages.NOT_OURS)
                         return
+                    self._head = content
                     await write(UNCHANGED[kind])
-                elif kind == "request_body" and self._head is not None and self._attempt is None:
-                    await write(await self._route(message.request_body.body, self._head))
-                elif kind == "response_headers" and self._attempt is not None:
-                    self._attempt.served(messages.read_served(message))
+                elif isinstance(content, bytes) and self._head is not None and self._attempt is None:
+                    await write(await self._route(content, self._head))
+                elif isinstance(content, Served) and self._attempt is not None:
+                    self._attempt.served(content)
                     await write(messages.answer_headers(self._attempt.headers()))
                 elif kind in UNCHANGED:
                     await write(UNCHANGED[kind])
-                message = await read()
+                raw = await read()
+                if raw is grpc.aio.EOF:
+                    return
+                message = messages.read(raw)
         finally:
             if self._attempt is not None:
                 self._processor.left(self._attempt)

@@ -59,7 +59,7 @@ async def serve(
     try:
         async with (
             _status_page(processor) as status_url,
-            grpc_service(settings.envoy, processor.process) as (server, checks, listening),
+            grpc_service(settings.envoy, processor.process, reads=None) as (server, checks, listening),
         ):
             runtime.ensure_started()
             reloads = functools.partial(_reload, runtime, read_settings)
@@ -78,8 +78,12 @@ async def serve(
 
 
 @contextlib.asynccontextmanager
-async def grpc_service(envoy: EnvoySettings, process: Process) -> AsyncIterator[tuple[grpc.aio.Server, Any, str]]:
+async def grpc_service(
+    envoy: EnvoySettings, process: Process, reads: Callable[[bytes], Any] | None = pb.ProcessingRequest.FromString
+) -> AsyncIterator[tuple[grpc.aio.Server, Any, str]]:
     """A started server for one `Process` method, with health and reflection: the server, its health, its address.
+
+    `reads` makes of each message what `process` gets of it; None: it gets the bytes.
 
     Raises:
         GorgoError: the address cannot be bound, or a certificate cannot be read.
@@ -92,7 +96,7 @@ async def grpc_service(envoy: EnvoySettings, process: Process) -> AsyncIterator[
         ]
     )
     # Answers are serialized where they are made: most are constants.
-    method = grpc.stream_stream_rpc_method_handler(process, request_deserializer=pb.ProcessingRequest.FromString)
+    method = grpc.stream_stream_rpc_method_handler(process, request_deserializer=reads)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Process": method}),))

@@ -246,7 +246,7 @@ class Context:
         return ()
 
     def send(self, message: Any) -> None:
-        self._asked.put_nowait(message)
+        self._asked.put_nowait(message if message is grpc.aio.EOF else message.SerializeToString())
 
     async def ask(self, message: Any) -> Any:
         """Send a message and await its answer."""

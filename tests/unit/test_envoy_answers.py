@@ -26,7 +26,7 @@ STREAMED = [endpoint for endpoint in BODIES if endpoint != EMBEDDINGS]
 
 
 def usage_in(endpoint: str, pieces: Iterable[bytes]) -> Usage:
-    tail = Tail(endpoint)
+    tail = Tail(endpoint, bytes)
     for piece in pieces:
         tail.add(piece)
     return tail.usage()
@@ -64,7 +64,7 @@ def test_usage_is_read_wherever_the_pieces_are_cut(endpoint: str) -> None:
 def test_usage_is_read_at_the_end_of_a_long_stream_of_which_little_is_kept(endpoint: str) -> None:
     pieces = stream_of(endpoint, cached_tokens=16, tokens=20_000)
     assert sum(map(len, pieces)) > 20 * TAIL_BYTES
-    tail = Tail(endpoint)
+    tail = Tail(endpoint, bytes)
     tracemalloc.start()
     try:
         for piece in pieces:
