@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
 
 import msgspec
 
+from gorgo_plugin.envoy_ext_proc.messages import Piece
 from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from gorgo_plugin.runtime.outcomes import Usage, usage_of
 
@@ -34,24 +34,22 @@ class Tail:
     An Anthropic stream reports its prompt in its first event, so that one is kept as well.
     """
 
-    __slots__ = ("_head", "_keeps_head", "_messages", "_piece_of", "_size")
+    __slots__ = ("_head", "_keeps_head", "_pieces", "_size")
 
-    def __init__(self, endpoint: str, piece_of: Callable[[bytes], bytes]) -> None:
-        """`piece_of` finds in a message the piece it holds; it is asked of few."""
-        self._piece_of = piece_of
+    def __init__(self, endpoint: str) -> None:
         self._keeps_head = endpoint == MESSAGES
         self._head = b""
-        self._messages: deque[bytes] = deque()
+        self._pieces: deque[Piece] = deque()
         self._size = 0
 
-    def add(self, message: bytes) -> None:
-        """Take the message with the next piece."""
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
         if self._keeps_head and len(self._head) < USAGE_BYTES:
-            self._head += self._piece_of(message)[:USAGE_BYTES]
-        self._messages.append(message)
-        self._size += len(message)
-        while self._size - len(self._messages[0]) > TAIL_BYTES:
-            self._size -= len(self._messages.popleft())
+            self._head += piece.text[:USAGE_BYTES]
+        self._pieces.append(piece)
+        self._size += len(piece.raw)
+        while self._size - len(self._pieces[0].raw) > TAIL_BYTES:
+            self._size -= len(self._pieces.popleft().raw)
 
     def usage(self) -> Usage:
         """What the answer reports; nothing where it does not."""
@@ -63,16 +61,15 @@ class Tail:
         return Usage(prompt.prompt_tokens, prompt.cached_tokens, found.output_tokens)
 
     def _last_usage(self) -> Usage:
-        after: list[bytes] = []
-        for message in reversed(self._messages):
-            after.append(message)
-            if _USAGE in message:  # as the last with one mostly does, it holds all of it
-                found = self._usage_of(reversed(after))
-                return found if found != _NONE else self._usage_of(self._messages)
-        return self._usage_of(self._messages)  # one may be cut in the middle of its name
-
-    def _usage_of(self, some: Iterable[bytes]) -> Usage:
-        return _usage_in(b"".join(map(self._piece_of, some)))
+        after: list[Piece] = []
+        for piece in reversed(self._pieces):
+            after.append(piece)
+            if _USAGE in piece.raw:  # as the last with one mostly does, it holds all of it
+                found = _usage_in(b"".join([one.text for one in reversed(after)]))
+                if found != _NONE:
+                    return found
+                break
+        return _usage_in(b"".join([one.text for one in self._pieces]))  # it may be cut anywhere
 
 
 def _usage_in(text: bytes) -> Usage:

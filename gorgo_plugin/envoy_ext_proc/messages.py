@@ -83,18 +83,48 @@ class Served(NamedTuple):
     details: str
 
 
+class Piece:
+    """An observed message with a piece of an answer. They are many: what stands in one is read when it is asked for.
+
+    Attributes:
+        raw: the message, which has the piece in it.
+    """
+
+    __slots__ = ("_message", "raw")
+
+    def __init__(self, raw: bytes, message: Message = None) -> None:
+        self.raw = raw
+        self._message = message
+
+    @property
+    def text(self) -> bytes:
+        """The piece itself."""
+        text: bytes = self._read().response_body.body
+        return text
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the last of its answer."""
+        return _END in self.raw and bool(self._read().response_body.end_of_stream)
+
+    def _read(self) -> Message:
+        if self._message is None:
+            self._message = pb.ProcessingRequest.FromString(self.raw)
+        return self._message
+
+
 class Received(NamedTuple):
     """A message of Envoy's.
 
     Attributes:
         kind: which of the protocol's requests.
         content: what matters of it: of a request's headers and an answer's as `read_head` and `read_served` tell, of
-            a request's body its bytes.
+            a request's body its bytes, of an answer's body a piece.
         attempt: `attempt_id` of an observed one, which awaits no answer; None where one is awaited.
     """
 
     kind: str
-    content: Head | Served | bytes | None
+    content: Head | Served | Piece | bytes | None
     attempt: str | None
 
 
@@ -119,21 +149,12 @@ def _read(raw: bytes) -> Received:
         content = read_head(message)
     elif kind == "response_headers":
         content = read_served(message)
+    elif kind == "response_body":
+        content = Piece(raw, message)
     return Received(kind, content, attempt_id(message) if message.observability_mode else None)
 
 
 _read_alike = functools.lru_cache(maxsize=4096)(_read)
-
-
-def piece_of(raw: bytes) -> bytes:
-    """What an observed message holds of its answer."""
-    piece: bytes = pb.ProcessingRequest.FromString(raw).response_body.body
-    return piece
-
-
-def ends_answer(raw: bytes) -> bool:
-    """Whether an observed message is the last of its answer."""
-    return _END in raw and bool(pb.ProcessingRequest.FromString(raw).response_body.end_of_stream)
 
 
 def read_head(message: Message) -> Head | None:

@@ -18,7 +18,7 @@ from gorgo_plugin.envoy_ext_proc.answers import Tail, shows_first_token
 from gorgo_plugin.envoy_ext_proc.attempts import EnvoyAttempt
 from gorgo_plugin.envoy_ext_proc.bodies import asking_for_usage, stream_reports_usage, unpacked
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import address_of
-from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Received, Served
+from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Piece, Received, Served
 from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
 from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.runtime import Runtime
@@ -62,8 +62,9 @@ class Processor:
                 await _Routing(self, context).run(first)
                 return
             self._watched = True
-            if (attempt := self._attempts.get(first.attempt)) is not None:
-                await _watch(raw, attempt, context)
+            attempt = self._attempts.get(first.attempt)
+            if attempt is not None and isinstance(first.content, Piece):
+                await _watch(first.content, attempt, context)
         finally:
             self.streams -= 1
 
@@ -102,22 +103,25 @@ class Processor:
             _log.error("gorgo: a request was left to Envoy", exc_info=error)
 
 
-async def _watch(raw: bytes, attempt: EnvoyAttempt, context: Context) -> None:
-    """The stream of one answer's pieces. They are many, so no more than needed is read of each."""
-    tail = Tail(attempt.endpoint, messages.piece_of)
-    while raw is not grpc.aio.EOF and attempt.closed in (None, "finished"):
-        if not attempt.began and attempt.streamed and shows_first_token(raw, attempt.endpoint):
+async def _watch(piece: Piece, attempt: EnvoyAttempt, context: Context) -> None:
+    """The stream of one answer's pieces."""
+    tail = Tail(attempt.endpoint)
+    while attempt.closed in (None, "finished"):
+        if not attempt.began and attempt.streamed and shows_first_token(piece.raw, attempt.endpoint):
             attempt.first_token()
         if attempt.reads_usage:
-            tail.add(raw)
+            tail.add(piece)
         elif attempt.began:
             return
-        if messages.ends_answer(raw):
+        if piece.ends:
             if attempt.reads_usage:
                 attempt.usage(tail.usage())
             attempt.finish()
             return
         raw = await context.read()
+        if raw is grpc.aio.EOF:
+            return
+        piece = Piece(raw)
 
 
 class _Routing:

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from gorgo_plugin.envoy_ext_proc.answers import TAIL_BYTES, Tail, shows_first_token
+from gorgo_plugin.envoy_ext_proc.messages import Piece
 from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from gorgo_plugin.runtime.outcomes import Usage
 from tests.stub_engine import OUTPUT_TOKENS, Behaviour, prompt_tokens, streamed_answer, whole_answer
@@ -25,10 +27,16 @@ BODIES: dict[str, dict[str, Any]] = {
 STREAMED = [endpoint for endpoint in BODIES if endpoint != EMBEDDINGS]
 
 
+def observed(piece: bytes) -> Piece:
+    message = pb.ProcessingRequest(observability_mode=True)
+    message.response_body.body = piece
+    return Piece(message.SerializeToString())
+
+
 def usage_in(endpoint: str, pieces: Iterable[bytes]) -> Usage:
-    tail = Tail(endpoint, bytes)
+    tail = Tail(endpoint)
     for piece in pieces:
-        tail.add(piece)
+        tail.add(observed(piece))
     return tail.usage()
 
 
@@ -64,11 +72,11 @@ def test_usage_is_read_wherever_the_pieces_are_cut(endpoint: str) -> None:
 def test_usage_is_read_at_the_end_of_a_long_stream_of_which_little_is_kept(endpoint: str) -> None:
     pieces = stream_of(endpoint, cached_tokens=16, tokens=20_000)
     assert sum(map(len, pieces)) > 20 * TAIL_BYTES
-    tail = Tail(endpoint, bytes)
+    tail = Tail(endpoint)
     tracemalloc.start()
     try:
         for piece in pieces:
-            tail.add(piece)
+            tail.add(observed(piece))
         assert tracemalloc.get_traced_memory()[1] < 16 * TAIL_BYTES  # with what other threads allocate
     finally:
         tracemalloc.stop()
