@@ -227,7 +227,8 @@ class Router:
         the token scale of inexact prompts.
         """
         with self._lock:
-            flight = self._flights.get(flight_id) or self._recent.get(flight_id)
+            under_way = self._flights.get(flight_id)
+            flight = under_way or self._recent.get(flight_id)
             if flight is None or flight.usage_seen:
                 self._counters["unknown_flights"] += flight is None
                 return
@@ -240,8 +241,8 @@ class Router:
             scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
             if output_tokens is not None and output_tokens > 0:
                 flight.output_tokens = output_tokens / scale
-                if self._flights.get(flight_id) is None:
-                    self._note_answer(flight)
+                if under_way is None:
+                    self._note_answer(flight, model)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
                 return
             self.engine_caches.reported(flight, cached_tokens, model.block_tokens)
@@ -471,10 +472,11 @@ class Router:
         return flight
 
     def _release(self, flight_id: int, now: float, failure: str | None = None) -> Flight | None:
-        if self._known(flight_id) is None:
-            return None
         flight, answered = self._flights.close(flight_id, now), failure is None
-        assert flight is not None
+        if flight is None:
+            self._counters["unknown_flights"] += flight_id not in self._recent
+            return None
+        model = self._model(flight.model)
         flight.tell_end(now, failure)
         if answered:
             self.engine_caches.answered(flight)
@@ -483,21 +485,20 @@ class Router:
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
-            self._learn(flight)
+            self._learn(flight, model)
         if flight.credit is not None:
-            index = self._model(flight.model).index
             if not answered and flight.first_token_s is None:
-                index.revoke(flight.credit)
+                model.index.revoke(flight.credit)
             else:
-                index.ended(flight.credit)
-                self._note_answer(flight)
+                model.index.ended(flight.credit)
+                self._note_answer(flight, model)
         return flight
 
-    def _note_answer(self, flight: Flight) -> None:
+    def _note_answer(self, flight: Flight, model: ModelState) -> None:
         if flight.credit is not None and flight.output_tokens is not None:
-            self._model(flight.model).answered(flight.credit, flight.rest, flight.output_tokens)
+            model.answered(flight.credit, flight.rest, flight.output_tokens)
 
-    def _learn(self, flight: Flight) -> None:
+    def _learn(self, flight: Flight, model: ModelState) -> None:
         """Rates, from streamed answers only: of the others the first token was not seen."""
         if flight.learned or flight.first_token_s is None or self._replicas.name(flight.slot) is None:
             return
@@ -507,7 +508,7 @@ class Router:
             return
         work = flight.ahead_tokens + (flight.uncached_tokens if own is None else own)
         service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
-        self._model(flight.model).rates.observe(flight.slot, work, service_ms)
+        model.rates.observe(flight.slot, work, service_ms)
 
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:

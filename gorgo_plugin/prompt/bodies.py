@@ -74,7 +74,7 @@ def read_request(body: bytes | Mapping[str, Any], endpoint: str, known_messages:
         stream=fields.get("stream") is True,
         max_output_tokens=_max_output_tokens(fields),
         affinity_key=_affinity_key(fields),
-        salts=tuple((name, value) for name in SALTS if isinstance(value := fields.get(name), str)),
+        salts=_salts(fields),
     )
 
 
@@ -142,6 +142,12 @@ _CONTENT_READERS: dict[str, Callable[[Mapping[str, Any]], Conversation | RawProm
 }
 
 
+def _salts(body: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    if body.keys().isdisjoint(SALTS):  # as most are
+        return ()
+    return tuple((name, value) for name in SALTS if isinstance(value := body.get(name), str))
+
+
 def _max_output_tokens(body: Mapping[str, Any]) -> int | None:
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         value = body.get(name)
@@ -152,6 +158,8 @@ def _max_output_tokens(body: Mapping[str, Any]) -> int | None:
 
 def _affinity_key(body: Mapping[str, Any]) -> str | None:
     """Who asks: the cache key it chose, the session, the user."""
+    if body.keys().isdisjoint(_AFFINITY_FIELDS):
+        return None
     for field in _AFFINITY_FIELDS:
         value = body.get(field)
         if value is None:

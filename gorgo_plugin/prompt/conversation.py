@@ -70,6 +70,8 @@ class Conversation:
 
 def as_mapping(value: Any) -> Mapping[str, Any] | None:
     """A mapping or pydantic object as a mapping; None for anything else."""
+    if value is None:  # as most optional fields are; asking pydantic takes microseconds
+        return None
     if isinstance(value, (dict, Mapping)):
         return value
     if isinstance(value, BaseModel):

@@ -154,6 +154,9 @@ class Metrics:
         served = {model for replica in settings.replicas for model in replica.models or ()}
         self._models = frozenset({"", *settings.models, *served})
         self._policy = settings.policy
+        self._flights = {
+            (name, model): (name, region, model) for name, region in self._regions.items() for model in self._models
+        }
         own = {name: model.block_tokens for name, model in settings.models.items() if model.block_tokens is not None}
         self._block_tokens, self._own_block_tokens = settings.block_tokens, own
 
@@ -267,7 +270,8 @@ class Metrics:
         return (OTHER, OTHER) if region is None else (replica, region)
 
     def _flight(self, replica: str, model: str) -> tuple[str, str, str]:
-        return (*self._replica(replica), self._model(model))
+        known = self._flights.get((replica, model))
+        return (*self._replica(replica), self._model(model)) if known is None else known
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,8 @@ def usage_of(answer: Any) -> Usage:
 
 def field(holder: Any, name: str) -> Any:
     """A field of a mapping or an object; None where there is none."""
+    if holder is None:
+        return None
     if type(holder) is dict or isinstance(holder, Mapping):  # the first takes a tenth of the time
         return holder.get(name)
     return getattr(holder, name, None)

@@ -14,23 +14,21 @@ Rows: TypeAlias = SlotArray | slice
 """What picks rows out of a column: a slice where they follow each other, which costs no copy."""
 
 
-class Columns:
-    """float64 columns of one length, by name. A row is a replica's slot; a new or reset row holds the defaults.
+class Columns(dict[str, FloatArray]):
+    """float64 columns of one length, by name: arrays of shape (rows,).
+
+    A row is a replica's slot; a new or reset row holds the defaults.
 
     Attributes:
-        cells: each column as an `array`: reading and writing one number takes a third of what it takes in NumPy.
+        cells: the same memory as `array`s: reading and writing one number takes a third of what it takes in NumPy.
         rows: their length.
     """
 
     def __init__(self, **defaults: float) -> None:
+        super().__init__({name: np.empty(0) for name in defaults})
         self._defaults = defaults
         self.rows = 0
         self.cells: dict[str, array[float]] = {name: array("d") for name in defaults}
-        self._views: dict[str, FloatArray] = {name: np.empty(0) for name in defaults}
-
-    def __getitem__(self, name: str) -> FloatArray:
-        """The same column as an array of shape (rows,) over the same memory."""
-        return self._views[name]
 
     def grow(self, rows: int) -> None:
         """Lengthen to `rows` rows; never shortens."""
@@ -38,7 +36,7 @@ class Columns:
             return
         for name, cells in self.cells.items():
             self.cells[name] = array("d", [*cells, *[self._defaults[name]] * (rows - self.rows)])
-            self._views[name] = np.frombuffer(self.cells[name], dtype=np.float64)
+            self[name] = np.frombuffer(self.cells[name], dtype=np.float64)
         self.rows = rows
 
     def reset(self, slot: int) -> None:
