@@ -284,14 +284,18 @@ class Router:
 
         Args:
             flight_id: of the attempt.
-            replica: where it is now.
+            replica: where it is now; the one where it was: it was tried anew there, and its times teach nothing.
             failed: the replica it left did not serve it, which speaks against it; not so when it was never asked.
         """
         with self._lock:
             flight, slot = self._known(flight_id), self._replicas.slot(replica)
-            if flight is None or slot is None or slot == flight.slot:
+            if flight is None or slot is None:
                 return
             now = self._clock()
+            flight.learned = True  # its times span two tries
+            flight.tell_end(now, "unreached" if failed else "invalid")
+            if slot == flight.slot:
+                return
             if failed:
                 self._health.failed(flight.slot, flight.dispatched_s, now)
             else:
@@ -304,8 +308,6 @@ class Router:
             flight.credit = model.index.credit(slot, flight.hashes)
             flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
             self.engine_caches.dispatched(flight)
-            flight.learned = True  # its times span two replicas
-            flight.tell_end(now, "unreached" if failed else "invalid")
 
     # What is known of the replicas
 

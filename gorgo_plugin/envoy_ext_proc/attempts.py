@@ -33,7 +33,9 @@ class EnvoyAttempt(Attempt):
     def served(self, served: Served) -> None:
         """The answer's headers have come."""
         self._served = True
-        if served.replica is not None:
+        if served.attempts > 1 and served.replica in (None, self.replica):
+            self.tried_again()
+        elif served.replica is not None:
             self.moved(served.replica, failed=self._runtime.settings.mode == "on")
         if served.status >= 400:
             self.fail(failure_kind(served))

@@ -79,6 +79,12 @@ class Attempt:
             regions = {known.name: known.region for known in self._runtime.settings.replicas}
             self.replica, self.region, self.cost = replica, regions.get(replica, self.region), None
 
+    def tried_again(self) -> None:
+        """The gateway tried the same replica anew: how long that takes was not predicted and says nothing of it."""
+        if self.closed is None:
+            self._router.moved(self.flight_id, self.replica)
+            self.cost = None
+
     def headers(self) -> dict[str, str]:
         """Headers of the answer, by `response_headers`."""
         shown = self._runtime.settings.response_headers

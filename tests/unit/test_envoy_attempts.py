@@ -81,6 +81,23 @@ async def test_an_answer_from_elsewhere_moves_the_flight_and_is_a_failure_of_the
     assert attempt.headers() == {"x-gorgo-region": "far-region", "x-gorgo-replica": "far"}  # it was not predicted
 
 
+def samples(runtime: Runtime, name: str) -> Any:
+    return runtime.router.snapshot()["replicas"][name]["models"]["m"]["samples"]
+
+
+@pytest.mark.parametrize(("attempts", "learned"), [(1, 1), (2, 0)])
+async def test_the_time_of_two_tries_at_one_replica_teaches_no_rate(
+    runtime: Runtime, attempts: int, learned: int
+) -> None:
+    runtime.router.observe_rtt("near", 0.0)
+    attempt = opened(runtime)
+    attempt.served(answer(attempts=attempts))
+    attempt.first_token()
+    attempt.finish()
+    assert samples(runtime, "near") == learned
+    assert failures_in_a_row(runtime, "near") == 0
+
+
 async def test_in_shadow_an_answer_from_elsewhere_speaks_against_nobody(runtime: Runtime) -> None:
     runtime.reload(Settings.model_validate({"replicas": REPLICAS, "mode": "shadow"}))
     attempt = opened(runtime)
