@@ -9,9 +9,10 @@ from envoy.config.core.v3.base_pb2 import HeaderValueOption, Metadata
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 from google.protobuf import text_format
+from google.protobuf.message import DecodeError
 
 from gorgo_plugin.envoy_ext_proc import messages
-from gorgo_plugin.envoy_ext_proc.messages import Head, Served
+from gorgo_plugin.envoy_ext_proc.messages import Head, Piece, Served
 from gorgo_plugin.prompt.endpoints import CHAT
 
 ATTRIBUTES = "envoy.filters.http.ext_proc"
@@ -76,6 +77,51 @@ def test_a_header_that_is_no_utf8_is_read_all_the_same() -> None:
     head = messages.read_head(message)
     assert head is not None
     assert head.encoding == "ÿ"
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 300_000])
+def test_a_body_of_any_size_is_read_whole(size: int) -> None:
+    message = pb.ProcessingRequest()
+    message.request_body.body, message.request_body.end_of_stream = bytes(range(256)) * (size // 256 + 1), True
+    message.request_body.body = message.request_body.body[:size]
+    received = messages.read(message.SerializeToString())
+    assert received == ("request_body", message.request_body.body, None)
+
+
+def test_headers_that_came_before_are_told_apart_from_others() -> None:
+    wanted = {CHAT: Head(CHAT, ""), "/v1/models": None, f"{CHAT}?key=secret": Head(CHAT, "")}
+    for _ in range(2):
+        for path, head in wanted.items():
+            raw = request({":method": "POST", ":path": path}).SerializeToString()
+            assert messages.read(raw) == ("request_headers", head, None)
+    assert messages.read(answered("503").SerializeToString()).content == Served(503, None, 1, "")
+
+
+def test_nothing_that_may_hold_a_secret_is_kept() -> None:
+    before = messages._read_alike.cache_info().currsize
+    messages.read(request({":method": "POST", ":path": f"{CHAT}?key=secret"}).SerializeToString())
+    body = pb.ProcessingRequest()
+    body.request_body.body = b"{}"
+    messages.read(body.SerializeToString())
+    assert messages._read_alike.cache_info().currsize == before
+
+
+def test_of_an_observed_piece_its_text_and_its_place_are_read() -> None:
+    for ends in (False, True):
+        message = pb.ProcessingRequest(observability_mode=True)
+        message.response_body.body, message.response_body.end_of_stream = b"data: \x10\x01", ends
+        raw = message.SerializeToString()
+        received = messages.read(raw)
+        assert received.attempt == ""
+        for piece in (received.content, Piece(raw)):
+            assert isinstance(piece, Piece)
+            assert (piece.text, piece.ends) == (b"data: \x10\x01", ends)
+
+
+def test_what_is_no_message_is_refused() -> None:
+    for raw in (b"\xff" * 50, b'"\xff\xff', b'"\x05\x0a\x7fab'):
+        with pytest.raises(DecodeError):
+            messages.read(raw)
 
 
 def test_who_answered_is_read_from_the_attributes() -> None:
