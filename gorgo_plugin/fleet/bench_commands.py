@@ -27,13 +27,13 @@ def bench_litellm(rounds: int, out: Path) -> None:
     from dataclasses import asdict
 
     import msgspec
-    from rich.console import Console
     from rich.table import Table
 
     from gorgo_plugin.fleet.bench_litellm import bench_loop, bench_overhead
     from gorgo_plugin.fleet.machine import machine
+    from gorgo_plugin.fleet.terminal import wide_console
 
-    console = Console()
+    console = wide_console()
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.watch"):
         old.unlink()
@@ -74,13 +74,13 @@ def bench_envoy(rounds: int, out: Path) -> None:
     from dataclasses import asdict
 
     import msgspec
-    from rich.console import Console
     from rich.table import Table
 
     from gorgo_plugin.fleet.bench_envoy import NO_FILTER, bench
     from gorgo_plugin.fleet.machine import machine
+    from gorgo_plugin.fleet.terminal import wide_console
 
-    console = Console()
+    console = wide_console()
     out.mkdir(parents=True, exist_ok=True)
     with console.status("starting") as status:
         results = asyncio.run(bench(out, rounds, status.update))
@@ -128,15 +128,15 @@ def bench_estimator(quick: bool, rounds: int | None, seed: int, file: Path) -> N
     import dataclasses
 
     import msgspec
-    from rich.console import Console
 
     from gorgo_plugin.fleet.bench_estimator import QUICK, Plan, measure
     from gorgo_plugin.fleet.bench_estimator_report import content, lines, table
     from gorgo_plugin.fleet.bench_estimator_sides import rival_package
+    from gorgo_plugin.fleet.terminal import wide_console
 
     plan = dataclasses.replace(QUICK if quick else Plan(), seed=seed)
     plan = plan if rounds is None else dataclasses.replace(plan, rounds=rounds)
-    console = Console()
+    console = wide_console()
     rival_package()
     with console.status("starting") as status:
         measured = measure(plan, status.update)
@@ -167,7 +167,6 @@ def bench_accuracy(
     from dataclasses import asdict
 
     import msgspec
-    from rich.console import Console
     from rich.table import Table
 
     from gorgo_plugin.fleet.bench_accuracy import bench
@@ -175,9 +174,10 @@ def bench_accuracy(
     from gorgo_plugin.fleet.machine import machine
     from gorgo_plugin.fleet.mooncake import read_trace
     from gorgo_plugin.fleet.replay_inputs import conversation_requests, trace_requests
+    from gorgo_plugin.fleet.terminal import wide_console
     from gorgo_plugin.fleet.workload import ConversationSettings, conversations
 
-    console = Console()
+    console = wide_console()
     block_tokens = PROFILES["linear"].block_tokens
     if trace is None:
         workload = conversations(seed, ConversationSettings(requests or 2000, rate_per_s=3.0, turns=8.0, think_s=60.0))
@@ -223,13 +223,13 @@ def bench_hostile(cold: int, tokens: int, prefixes: int, out: Path) -> None:
     from dataclasses import asdict
 
     import msgspec
-    from rich.console import Console
     from rich.table import Table
 
     from gorgo_plugin.fleet.bench_hostile import bench_hostile, bench_stalls
     from gorgo_plugin.fleet.machine import machine
+    from gorgo_plugin.fleet.terminal import wide_console
 
-    console = Console()
+    console = wide_console()
     out.mkdir(parents=True, exist_ok=True)
     with console.status("starting") as status:
         loops = asyncio.run(bench_stalls(cold, tokens, status.update))
@@ -274,13 +274,12 @@ def bench_routing(
     import dataclasses
 
     import msgspec
-    from rich.console import Console
     from rich.progress import Progress
 
     from gorgo_plugin.fleet.bench_routing import measure
     from gorgo_plugin.fleet.bench_routing_plan import PARTS, Plan, quick_plan
     from gorgo_plugin.fleet.bench_routing_report import content, tables
-    from gorgo_plugin.fleet.simulation_show import TABLE_COLUMNS
+    from gorgo_plugin.fleet.terminal import wide_console
 
     names = [name.strip() for name in parts.split(",")] if parts else list(PARTS)
     unknown = [name for name in names if name not in PARTS]
@@ -288,8 +287,7 @@ def bench_routing(
         raise click.BadParameter(f"unknown part '{unknown[0]}'; known: {', '.join(PARTS)}", param_hint="--parts")
     plan = quick_plan(trace) if quick else Plan(trace)
     plan = plan if seeds is None else dataclasses.replace(plan, seeds=tuple(range(seeds)))
-    console = Console()
-    console.width = max(console.width, TABLE_COLUMNS)
+    console = wide_console()
     with Progress(console=console) as progress:
         task = progress.add_task("simulated runs")
         measured = measure(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gorgo_plugin.fleet.demo import DemoSettings, Workload, load_workload, run_rows
 from gorgo_plugin.fleet.gateway import GATEWAYS
 from gorgo_plugin.fleet.report import conclusion, describe_workload, lines, table, write_json, write_plot
-
-TABLE_COLUMNS = 128  # the table's width; narrower, rich would cut the figures
+from gorgo_plugin.fleet.terminal import wide_console
 
 
 async def show_demo(settings: DemoSettings) -> None:
@@ -19,8 +17,7 @@ async def show_demo(settings: DemoSettings) -> None:
         WorkloadError: the trace cannot be used.
         ProcessError: a replica or the gateway failed.
     """
-    console = Console()
-    console.width = max(console.width, TABLE_COLUMNS)
+    console = wide_console()
     workload = load_workload(settings)
     console.print(_described(workload))
     with Progress(

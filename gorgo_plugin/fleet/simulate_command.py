@@ -51,13 +51,13 @@ def simulate(
     import os
 
     import msgspec
-    from rich.console import Console
 
     from gorgo_plugin.fleet.rows import rows_named
     from gorgo_plugin.fleet.simulation_plots import write_plots
     from gorgo_plugin.fleet.simulation_report import content, lines, table
     from gorgo_plugin.fleet.simulation_runs import Source, load
     from gorgo_plugin.fleet.simulation_show import run_with_bar
+    from gorgo_plugin.fleet.terminal import wide_console
     from gorgo_plugin.fleet.topology import read_fleet
 
     if (trace is None) == (workload is None):
@@ -67,7 +67,7 @@ def simulate(
     source = Source(trace, workload or "", time_scale, limit)
     count = len(load(source, first_seed, fleet.block_tokens))
     numbers = range(first_seed, first_seed + seeds)
-    console = Console()
+    console = wide_console()
     outcomes = run_with_bar(console, rows, numbers, fleet, source, jobs or os.cpu_count() or 1, count)
     shown = lines(rows, outcomes)
     console.print(table(shown))

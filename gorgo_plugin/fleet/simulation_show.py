@@ -12,14 +12,11 @@ from gorgo_plugin.fleet.simulation_runs import Source, run_all
 from gorgo_plugin.fleet.simulator import Outcome
 from gorgo_plugin.fleet.topology import Fleet
 
-TABLE_COLUMNS = 132  # narrower, rich would break the figures
-
 
 def run_with_bar(
     console: Console, rows: Sequence[Row], seeds: Sequence[int], fleet: Fleet, source: Source, jobs: int, requests: int
 ) -> list[list[Outcome]]:
     """As `run_all`, with a progress bar; `requests` are those of one run."""
-    console.width = max(console.width, TABLE_COLUMNS)
     runs = len(rows) * len(seeds)
     with Progress(
         TextColumn("{task.description}"),

@@ -32,14 +32,14 @@ def soak(minutes: float, rate: float, leaving: float, seed: int, out: Path) -> N
     from dataclasses import asdict
 
     import msgspec
-    from rich.console import Console
 
     from gorgo_plugin.fleet.machine import machine
     from gorgo_plugin.fleet.soak import Sample, SoakSettings, faults, verdict
     from gorgo_plugin.fleet.soak import soak as run
     from gorgo_plugin.fleet.soak_load import Counts
+    from gorgo_plugin.fleet.terminal import wide_console
 
-    console = Console()
+    console = wide_console()
     settings = SoakSettings(minutes, rate, leaving, seed, out)
     with console.status("starting replicas, the service and Envoy") as status:
 

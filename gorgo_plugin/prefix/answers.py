@@ -87,15 +87,16 @@ class AnswerIndex(PrefixIndex):
             tail: (blocks, tokens) -> hash of that many tokens of the prompt behind that many blocks.
         """
         found: dict[int, Answer] = {}
-        for mask, depth in walk:
-            end = depth * HASH_BYTES
+        further = 0
+        for mask, depth in reversed(walk):
+            ends_here, further, end = mask ^ further, mask, depth * HASH_BYTES
             if end == len(hashes):
                 continue  # it ends there: the same prompt again
             for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), ()):
                 replica = self._owner.get(answer.bit)
                 if (
                     replica is not None
-                    and mask >> answer.bit & 1
+                    and ends_here >> answer.bit & 1
                     and tail(depth, answer.tail_tokens) == answer.tail
                     and _leads_to(answer.parent, hashes[:end])
                 ):

@@ -19,7 +19,7 @@ from gorgo_plugin.prefix.blocks import HASH_BYTES
 
 # A prompt made to branch at every block would turn a lookup into one step per block; a conversation has some dozens.
 MAX_WALK_NODES = 4096
-# Sets of replicas kept as arrays, half a kilobyte each at 64 replicas.
+# Sets of replicas, and walks, kept as arrays of half a kilobyte each at 64 replicas.
 MAX_MASKS = 4096
 # Parts of a prompt whose last use a credit remembers; a flight keeps it until its usage is known.
 MAX_STAMPS = 256
@@ -84,7 +84,9 @@ class PrefixIndex:
         self._tick = 0
         self._bit_of: dict[int, int] = {}
         self._owner: dict[int, int] = {}  # bit -> replica
-        self._replicas_by_mask: dict[int, NDArray[np.intp]] = {}
+        self._rows_of_mask: dict[int, NDArray[np.intp] | int] = {}
+        self._spreads: dict[tuple[tuple[int, int], ...], NDArray[np.float64]] = {}  # all steps of a walk but the last
+        self._flags: list[int] = []  # bit -> mask of it alone: one object for all nodes, in the processor's cache
         self._free_bits: list[int] = []
         self._retired: list[int] = []
         self._capacity: dict[int, int] = {}  # replica -> blocks
@@ -93,7 +95,6 @@ class PrefixIndex:
         self._evicted: dict[int, int] = {}  # bit -> blocks evicted so far
         self._evictions: dict[int, FIFOCache[bytes, int]] = {}  # bit -> first hash evicted -> `_evicted` before
         self._pushes = 0  # breaks ties between heap entries of one tick; later pushes are nearer the root
-        self._next_bit = 0
 
     def set_capacity(self, replica: int, blocks: int) -> None:
         """Let `replica` hold at most `blocks` blocks; what is over leaves at once."""
@@ -122,56 +123,68 @@ class PrefixIndex:
 
     def spread(self, walk: Sequence[tuple[int, int]], replicas: int) -> NDArray[np.float64]:
         """What `walk` found, as an array of shape (replicas,)."""
-        found, owner = np.zeros(replicas), self._owner
-        left = 0
-        for mask, _ in walk:
-            left |= mask
-        for mask, depth in walk:  # all that came so far; who came further is written over
-            if left.bit_count() == 1:
-                bit = left.bit_length() - 1
-                if bit in owner:
-                    found[owner[bit]] = depth
-            else:
-                found[self._replicas_of(left)] = depth
-            left ^= mask
+        if not walk:
+            return np.zeros(replicas)
+        *shared, (mask, depth) = walk  # mostly the same again but for the last step: who holds a system prompt
+        steps = tuple(shared)
+        spread = self._spreads.get(steps)
+        if spread is None or len(spread) != replicas:
+            spread = self._spread(steps, replicas)
+        found = spread.copy()
+        rows = self._rows_of_mask.get(mask)
+        found[self._rows_of(mask) if rows is None else rows] = depth
         return found
 
-    def _replicas_of(self, mask: int) -> NDArray[np.intp]:
-        """The replicas whose bits are set: mostly the same sets, those that hold a system prompt."""
-        replicas = self._replicas_by_mask.get(mask)
-        if replicas is None:
-            if len(self._replicas_by_mask) >= MAX_MASKS:
-                self._replicas_by_mask.clear()
-            owned = [self._owner[bit] for bit in _bits(mask) if bit in self._owner]
-            replicas = self._replicas_by_mask[mask] = np.array(owned, dtype=np.intp)
-        return replicas
+    def _spread(self, steps: tuple[tuple[int, int], ...], replicas: int) -> NDArray[np.float64]:
+        if len(self._spreads) >= MAX_MASKS:
+            self._spreads.clear()
+        found = self._spreads[steps] = np.zeros(replicas)
+        for mask, depth in steps:
+            found[self._rows_of(mask)] = depth
+        return found
+
+    def _rows_of(self, mask: int) -> NDArray[np.intp] | int:
+        """The replicas whose bits are set, as what picks them out of an array."""
+        if len(self._rows_of_mask) >= MAX_MASKS:
+            self._rows_of_mask.clear()
+        owned = [self._owner[bit] for bit in _bits(mask) if bit in self._owner]
+        rows = self._rows_of_mask[mask] = owned[0] if len(owned) == 1 else np.array(owned, dtype=np.intp)
+        return rows
 
     def walk(self, hashes: bytes) -> list[tuple[int, int]]:
-        """(mask of replicas, leading blocks of `hashes` that they hold), the fewest blocks first."""
-        stopped: list[tuple[int, int]] = []
-        children, alive, position, end = self._root.children, -1, 0, len(hashes)
-        for _ in range(MAX_WALK_NODES):
-            child = children.get(hashes[position : position + HASH_BYTES])
-            here = alive & child.mask if child is not None else 0
-            if here != alive and position:
-                stopped.append((alive ^ here, position // HASH_BYTES))
-            if child is None or not here:
-                return stopped
-            alive, edge = here, child.edge
+        """(mask of replicas, leading blocks of `hashes` that they hold at least), the fewest blocks first.
+
+        Each mask holds the bits of those that come after it.
+        """
+        steps: list[tuple[int, int]] = []
+        node = self._root.children.get(hashes[:HASH_BYTES])
+        if node is None:
+            return steps
+        mask, position, end, nodes_left = node.mask, 0, len(hashes), MAX_WALK_NODES
+        while nodes_left:
+            edge = node.edge
             if not hashes.startswith(edge, position):
                 position += common_blocks(edge, hashes, position, end) * HASH_BYTES
                 break
             position += len(edge)
-            children = child.children
-        stopped.append((alive, position // HASH_BYTES))
-        return stopped
+            if position == end:
+                break
+            node = node.children.get(hashes[position : position + HASH_BYTES])
+            if node is None:
+                break
+            if node.mask != mask:  # a part of it
+                steps.append((mask, position // HASH_BYTES))
+                mask = node.mask
+            nodes_left -= 1
+        steps.append((mask, position // HASH_BYTES))
+        return steps
 
     def credit(self, replica: int, hashes: bytes) -> Credit:
         """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
         bit = self._bit_of[replica]
         self._clean_retired()
         self._tick += 1
-        flag = 1 << bit
+        flag = self._flags[bit]
         node = boundary = self._root
         position, end = 0, min(len(hashes), self._capacity[replica] * HASH_BYTES)
         stamps: list[tuple[int, int]] = []
@@ -307,21 +320,26 @@ class PrefixIndex:
 
     def _retire(self, bit: int) -> None:
         del self._owner[bit]
-        self._replicas_by_mask.clear()
+        self._owners_changed()
         self._retired.append(bit)
 
     def _assign_bit(self, replica: int) -> None:
         if self._free_bits:
             bit = self._free_bits.pop()
         else:
-            bit, self._next_bit = self._next_bit, self._next_bit + 1
+            bit = len(self._flags)
+            self._flags.append(1 << bit)
         self._bit_of[replica] = bit
         self._owner[bit] = replica
-        self._replicas_by_mask.clear()
+        self._owners_changed()
         self._held[bit] = 0
         self._heaps[bit] = []
         self._evicted[bit] = 0
         self._evictions[bit] = FIFOCache(MAX_EVICTIONS)
+
+    def _owners_changed(self) -> None:
+        self._rows_of_mask.clear()
+        self._spreads.clear()
 
     def _split(self, node: Node, blocks: int) -> Node:
         """Cut the edge after `blocks`; returns the new upper node. `node` stays the lower one, still queued."""
@@ -339,7 +357,8 @@ class PrefixIndex:
         return upper
 
     def _hold(self, node: Node, bit: int) -> None:
-        node.mask |= 1 << bit
+        flag = self._flags[bit]
+        node.mask = node.mask | flag if node.mask else flag
         self._held[bit] += len(node.edge) // HASH_BYTES
         parent = node.parent
         assert parent is not None

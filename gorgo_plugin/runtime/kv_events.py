@@ -147,7 +147,8 @@ class KvEventJob:
         from zmq.utils.monitor import parse_monitor_message
 
         while True:
-            wait_s = None if self._disconnected_s is None else LOST_AFTER_S
+            away_s = None if self._disconnected_s is None else time.monotonic() - self._disconnected_s
+            wait_s = None if away_s is None else max(LOST_AFTER_S - away_s, 0.0)  # whatever is tried meanwhile
             try:
                 async with asyncio.timeout(wait_s):
                     event = parse_monitor_message(await monitor.recv_multipart())["event"]
@@ -155,7 +156,7 @@ class KvEventJob:
                 self._disconnected_s = None
                 self._lose("lost")
                 continue
-            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:  # for a process that hangs, its system still accepts
                 self.watch.connected, self._disconnected_s = True, None
             elif event == zmq.EVENT_DISCONNECTED and self.watch.connected:
                 self.watch.connected, self._disconnected_s = False, time.monotonic()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import aiohttp
+from prometheus_client import generate_latest
 
 from gorgo_plugin import Prompt, Settings
 from gorgo_plugin.fleet.processes import first_line, running
@@ -66,8 +67,12 @@ async def test_the_estimate_equals_what_the_engine_reports_also_under_eviction_a
             assert estimated[:12] == reported[:12]
             assert estimated[13:] == reported[13:]  # the restart is told by the first event after it
             assert sum(reported) > 0
-            shown = runtime.status()["replicas"]["a"]
+            shown, metrics = runtime.status()["replicas"]["a"], generate_latest().decode()
         await runtime.stop()
     assert shown["cache"]["source"] == "kv-events"
     assert shown["kv_events"]["restarts"] == 1
     assert shown["cache"]["engine_kv_tokens"] == 1024
+    restarts = [line for line in metrics.splitlines() if line.startswith("gorgo_kv_event_troubles_total{")]
+    assert len(restarts) == 1
+    assert 'kind="restart"' in restarts[0]
+    assert restarts[0].endswith(" 1.0")

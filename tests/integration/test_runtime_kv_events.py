@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -271,6 +274,58 @@ async def test_a_publisher_that_goes_away_is_given_up_and_taken_up_again(publish
         await asyncio.sleep(0.05)
         await publisher.publish(publisher.store(4, 6))
         await follower.sees(6)
+
+
+CHILD = """
+import sys, time, msgspec, zmq
+socket = zmq.Context().socket(zmq.PUB)
+print(socket.bind_to_random_port("tcp://127.0.0.1"), flush=True)
+events = msgspec.json.decode(sys.argv[1])
+for sequence in range(10**6):
+    payload = msgspec.msgpack.encode({"ts": time.time(), "events": events, "data_parallel_rank": 0})
+    socket.send_multipart([b"", sequence.to_bytes(8, "big"), payload])
+    time.sleep(0.02)
+"""
+
+
+async def test_a_publisher_that_hangs_is_given_up_and_taken_up_again(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_events, "HEARTBEAT_MS", 200)
+    stored = {**publisher.store(0, 3), "block_hashes": [1, 2, 3]}
+    told = msgspec.json.encode([{"type": "AllBlocksCleared"}, stored]).decode()
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, told, stdout=asyncio.subprocess.PIPE)
+    assert child.stdout is not None
+    follower = Follower(f"tcp://127.0.0.1:{int(await child.stdout.readline())}", None)
+    task = asyncio.create_task(follower.job.run())
+    try:
+        await follower.sees(3)
+        os.kill(child.pid, signal.SIGSTOP)
+        await follower.sees(0, "credit")
+        assert follower.troubles == ["lost"]
+        assert follower.router.route(PROMPT).replica in ("a", "b")
+        os.kill(child.pid, signal.SIGCONT)
+        async with asyncio.timeout(WAIT_S):
+            while follower.source != "kv-events":
+                await asyncio.sleep(0.01)
+    finally:
+        child.kill()
+        await child.wait()
+        task.cancel()
+
+
+async def test_a_replay_that_hangs_holds_nothing_up_for_longer_than_its_time(publisher: Publisher) -> None:
+    silent = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+    publisher.replay_port = silent.sockets[0].getsockname()[1]
+    async with silent, following(publisher) as follower:
+        await publisher.publish(publisher.store(0, 4))
+        await follower.sees(4)
+        await publisher.publish(publisher.store(4, 8), lost=True)
+        await publisher.publish(publisher.store(8, 12))
+        await follower.sees(0, "kv-events-partial")
+        assert follower.troubles == ["gap", "unfilled-gap"]
+        await publisher.publish({"type": "AllBlocksCleared"}, publisher.store(0, 2))
+        await follower.sees(2)
 
 
 async def test_engines_can_connect_to_a_gateway_that_binds_and_may_come_late() -> None:

@@ -79,6 +79,26 @@ def test_under_eviction_every_lookup_equals_a_block_level_lru(
         assert index.match(hashes) == oracle.match(hashes)
 
 
+def spread(index: AnswerIndex, hashes: bytes) -> dict[int, int]:
+    """What `blocks` finds, without the replicas that hold nothing."""
+    return {replica: int(held) for replica, held in enumerate(index.blocks(hashes, 3)) if held}
+
+
+@given(credits, st.lists(st.one_of(paths, st.integers(0, 2)), max_size=20))
+def test_the_array_of_a_lookup_equals_the_mapping_even_after_replicas_were_forgotten(
+    steps: list[tuple[int, bytes]], later: list[bytes | int]
+) -> None:
+    index = index_of(dict.fromkeys(range(3), 10_000))
+    for replica, hashes in steps:
+        index.credit(replica, hashes)
+        assert spread(index, hashes) == index.match(hashes)
+    for hashes in later:
+        if isinstance(hashes, int):
+            index.forget(hashes)
+        else:
+            assert spread(index, hashes) == index.match(hashes)
+
+
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("credit"), st.integers(0, 2), paths),

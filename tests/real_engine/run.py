@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from gorgo_plugin.fleet.machine import machine
 from gorgo_plugin.fleet.processes import ProcessError
+from gorgo_plugin.fleet.terminal import wide_console
 from tests.real_engine import checks
 from tests.real_engine.checks import Check
 from tests.real_engine.conversations import TURNS, Conversation, conversations, fresh_conversations
@@ -187,8 +187,7 @@ def main() -> int:
             print(f"FAILED: {type(error).__name__}: {error}")
             return 1
     elapsed_s = time.monotonic() - started_s
-    console = Console()
-    console.width = max(console.width, 160)
+    console = wide_console()
     used = versions(python)
     console.print(table(found.rows))
     console.print(", ".join(f"{name} {number}" for name, number in used.items()) + f"; {elapsed_s:.0f} s")

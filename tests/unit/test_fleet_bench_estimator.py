@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import io
 import json
 import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from gorgo_plugin.cli import main
 from gorgo_plugin.fleet.bench_estimator import COLD, LOOKUP, Measured, Plan, Samples, measure, sized_lookup
@@ -15,6 +13,7 @@ from gorgo_plugin.fleet.bench_estimator_index import Memory, cached, prompts
 from gorgo_plugin.fleet.bench_estimator_prompts import SYSTEM_PROMPTS, Chat, Writer, chatml, conversation_ids
 from gorgo_plugin.fleet.bench_estimator_report import CASES, Goal, content, lines, table
 from gorgo_plugin.fleet.bench_estimator_sides import OurRouter, fastest_encode
+from gorgo_plugin.fleet.terminal import wide_console
 from gorgo_plugin.prompt.sources import embedded_tokenizer
 
 TINY = Plan(
@@ -119,17 +118,26 @@ def test_every_case_has_a_row_for_each_fleet_with_the_ratio_of_theirs_to_ours() 
     assert rows[f"{LOOKUP}: 3 replicas over 2", 3].verdict == "goal"
 
 
-def test_the_table_and_the_file_hold_every_row() -> None:
+def test_the_table_and_the_file_hold_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     measured = made_up(TINY)
     rows = lines(measured)
-    console = Console(file=io.StringIO(), width=250)
-    console.print(table(rows, measured))
-    assert isinstance(console.file, io.StringIO)
-    printed = console.file.getvalue()
+    wide_console().print(table(rows, measured))
+    printed = capsys.readouterr().out
     assert all(row.label in printed for row in rows)
     written = json.loads(json.dumps(content(rows, measured)))
     assert [row["label"] for row in written["rows"]] == [row.label for row in rows]
     assert {"machine", "rival", "plan", "encoder", "chat_tokens", "rows", "memory"} == written.keys()
+
+
+def test_the_table_is_whole_where_the_output_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    measured = made_up(Plan())
+    wide_console().print(table(lines(measured), measured))
+    printed = capsys.readouterr().out
+    assert "theirs p50" in printed
+    assert "…" not in printed
 
 
 def test_without_the_package_of_the_authors_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,14 @@ def test_a_turn_dispatched_elsewhere_leaves_the_answer_where_it_is() -> None:
     assert state.index.held_blocks(0) == 5
 
 
+def test_an_answer_does_not_count_on_top_of_a_prompt_that_went_on_from_it() -> None:
+    state = model()
+    serve(state, 0, TURN)
+    state.index.credit(0, state.hasher.hashes(NEXT))  # as when a gateway moved it there
+    state.index.credit(1, state.hasher.hashes(TURN))
+    assert cached(state, np.concatenate([NEXT, NEXT])) == [len(NEXT) // BLOCK_TOKENS, 2]
+
+
 def test_a_conversation_that_goes_on_is_held_once() -> None:
     state = model()
     serve(state, 0, TURN)

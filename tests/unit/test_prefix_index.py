@@ -26,6 +26,14 @@ def test_a_credited_prompt_is_found_at_that_replica_only() -> None:
     assert index.match(path(2)) == {}
 
 
+def test_the_same_lookup_has_a_row_for_a_replica_that_has_come_meanwhile() -> None:
+    index = index_of()
+    index.credit(0, path(1, 2, 3))
+    index.credit(1, path(1, 9))
+    assert index.blocks(path(1, 2, 3), 2).tolist() == [3, 1]
+    assert index.blocks(path(1, 2, 3), 3).tolist() == [3, 1, 0]
+
+
 def test_a_revoked_credit_is_gone_and_what_was_there_before_stays() -> None:
     index = index_of()
     index.credit(0, path(1, 2))
