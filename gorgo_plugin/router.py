@@ -37,6 +37,7 @@ from gorgo_plugin.signals import (
     LatencyTable,
     Observer,
 )
+from gorgo_plugin.signals.rates import Sample, token_pairs
 from gorgo_plugin.state import State
 from gorgo_plugin.tuned import retuned, tuned_pick, weights_in_force
 from gorgo_plugin.views import Views
@@ -198,7 +199,9 @@ class Router:
                 flight.rest = model.rest(prompt)
                 flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
                 flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
-                self._flights.recount(flight, len(prompt) * model.scale_of(prompt), cached_tokens)
+                tokens = len(prompt) * model.scale_of(prompt)
+                work_tokens = model.rates.slot_work_tokens(flight.slot, tokens, tokens - cached_tokens)
+                self._flights.recount(flight, tokens, cached_tokens, work_tokens)
                 self.engine_caches.dispatched(flight)
 
     def first_token(self, flight_id: int, at_s: float | None = None) -> None:
@@ -383,6 +386,8 @@ class Router:
         with self._lock:
             now = self._clock()
             self._swept_s = now
+            for model in self._models.values():
+                model.rates.refit_old(now)
             lost = self._flights.opened_before(now - self.settings.flight_ttl_s)
             for flight_id in lost:
                 self._release(flight_id, now, "lost")
@@ -448,6 +453,7 @@ class Router:
             own_tokens=len(prompt),
             cached_tokens=view.cached_tokens.item(row),
             uncached_tokens=view.uncached_tokens.item(row),
+            work_tokens=view.work_tokens.item(row),
             ahead_tokens=self._flights.ahead_tokens(slot, model.rates.slot_ms_per_token(slot), now),
             network_ms=network_ms,
             predicted_ms=network_ms + view.queue_ms.item(row) + view.prefill_ms.item(row),
@@ -508,9 +514,11 @@ class Router:
         own = flight.learned_uncached_tokens
         if own is None and flight.awaits_tokens:
             return
-        work = flight.ahead_tokens + (flight.uncached_tokens if own is None else own)
+        own = flight.uncached_tokens if own is None else own
+        pairs = token_pairs(max(flight.prompt_tokens, own), own)
         service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
-        model.rates.observe(flight.slot, work, service_ms)
+        sample = Sample(flight.ahead_tokens, own, pairs, service_ms, flight.first_token_s)
+        model.rates.observe(flight.slot, sample)
 
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:

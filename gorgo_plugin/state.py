@@ -52,7 +52,7 @@ class State:
             if latency["rtt_ms"] is not None:
                 self.latency.restore(slot, latency["rtt_ms"], latency["spread_ms"], now - latency["age_s"])
             for model, rates in known["models"].items():
-                self.model(model).rates.restore(slot, rates)
+                self.model(model).rates.restore(slot, rates, now)
 
     def _flights(self) -> dict[str, int]:
         counts = {self.replicas[slot].name: 0 for slot in self.replicas.slots}

@@ -35,7 +35,8 @@ class Views:
         uncached = tokens - cached
         ms_per_token = model.rates.ms_per_token(rows)
         network_ms, doubt_ms = self.latency.price_ms(rows, now)
-        prefill_ms = ms_per_token * uncached
+        work = model.rates.work_tokens(rows, tokens, uncached)
+        prefill_ms = ms_per_token * work
         prefill_ms += model.rates.overhead_ms(rows)
         queue_ms = flights.backlog_ms(rows, ms_per_token, now)
         arrivals, decoding = self.arrivals.per_ms(rows, now, WAITING_SHARE), flights.column("decoding", rows)
@@ -49,6 +50,7 @@ class Views:
             blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding, utilisation),
             cached_tokens=cached,
             uncached_tokens=uncached,
+            work_tokens=work,
             prompt_tokens=tokens,
             load=lambda name: flights.column(name, rows),
             gauge=lambda name: gauges.column(name, rows),

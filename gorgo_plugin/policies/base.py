@@ -34,6 +34,7 @@ class View:
         prefill_ms: this prompt's own prefill there.
         blocking_ms: what that makes others wait.
         cached_tokens, uncached_tokens: of this prompt, in the engine's tokens.
+        work_tokens: the uncached ones with what attending to all others adds (`signals/rates.py`).
         prompt_tokens: length of this prompt, in the engine's tokens.
         load: sum over a candidate's open flights, by name (`waiting`, `decoding`, `queued_prompt_tokens`,
             `decoding_prompt_tokens`); looked up only by the policies that use it.
@@ -51,6 +52,7 @@ class View:
     blocking_ms: FloatArray
     cached_tokens: FloatArray
     uncached_tokens: FloatArray
+    work_tokens: FloatArray
     prompt_tokens: float
     load: Callable[[str], FloatArray]
     gauge: Callable[[str], FloatArray]

@@ -39,7 +39,8 @@ class Flight:
         prompt_tokens, cached_tokens, uncached_tokens: as estimated at dispatch, in the engine's tokens.
         path_blocks, answer_blocks: blocks believed cached: of earlier prompts, and behind them of an answer.
         rest: token ids behind the last full block, shape (fewer than a block,).
-        ahead_tokens: uncached tokens that were before it in the replica's prefill queue.
+        work_tokens: the uncached ones with what attending to the others adds.
+        ahead_tokens: work that was before it in the replica's prefill queue.
         network_ms: the round trip as known at dispatch.
         predicted_ms: predicted TTFT.
         prefill_ends_s: when the prefill is predicted to end; what releases the queue for a non-streamed request.
@@ -59,6 +60,7 @@ class Flight:
     own_tokens: int
     cached_tokens: float
     uncached_tokens: float
+    work_tokens: float
     ahead_tokens: float
     network_ms: float
     predicted_ms: float
@@ -99,12 +101,12 @@ class Flights(Table):
 
     def __init__(self) -> None:
         super().__init__(
-            queued_tokens=0.0,  # uncached tokens dispatched, no first token yet
-            queued_prompt_tokens=0.0,  # the same counted with their cached tokens, as the papers do
+            queued_tokens=0.0,  # work dispatched, no first token yet
+            queued_prompt_tokens=0.0,  # the prompts of these flights with their cached tokens, as the papers count
             decoding_prompt_tokens=0.0,
             waiting=0.0,  # flights without a first token
             decoding=0.0,  # flights with one
-            head_tokens=0.0,  # of the flight at the head of the queue
+            head_tokens=0.0,  # work of the flight at the head of the queue
             head_since_ms=math.inf,
         )
         self._open: dict[int, Flight] = {}
@@ -151,20 +153,20 @@ class Flights(Table):
         flight.slot, flight.dispatched_s, flight.in_queue = slot, now_s, True
         self._enqueue(flight)
 
-    def recount(self, flight: Flight, prompt_tokens: float, cached_tokens: float) -> None:
+    def recount(self, flight: Flight, prompt_tokens: float, cached_tokens: float, work_tokens: float) -> None:
         """The tokens of a prompt that was counted by an estimate are there: correct what it adds to the sums."""
         slot, columns = flight.slot, self._columns
         more_prompt = prompt_tokens - flight.prompt_tokens
-        more_uncached = prompt_tokens - cached_tokens - flight.uncached_tokens
+        more_work, flight.work_tokens = work_tokens - flight.work_tokens, work_tokens
         flight.prompt_tokens, flight.cached_tokens = prompt_tokens, cached_tokens
         flight.uncached_tokens, flight.awaits_tokens = prompt_tokens - cached_tokens, False
         if not flight.in_queue:
             columns["decoding_prompt_tokens"][slot] += more_prompt
             return
-        columns["queued_tokens"][slot] += more_uncached
+        columns["queued_tokens"][slot] += more_work
         columns["queued_prompt_tokens"][slot] += more_prompt
         if next(iter(self._queues[slot])) == flight.flight_id:
-            columns["head_tokens"][slot] = flight.uncached_tokens
+            columns["head_tokens"][slot] = flight.work_tokens
 
     def release_unstreamed(self, now_s: float) -> None:
         """Let non-streamed flights leave the prefill queue at their predicted prefill end."""
@@ -185,7 +187,7 @@ class Flights(Table):
     def backlog_ms(self, rows: Rows, ms_per_token: FloatArray, now_s: float) -> FloatArray:
         """Time until the replica's prefill queue is empty, in ms.
 
-        Every queued uncached token costs `ms_per_token`, less what the head of the queue must have had by now. A head
+        Every queued token of work costs `ms_per_token`, less what the head of the queue must have had by now. A head
         far past its time is evidence against the replica: its lateness is added, so a replica that hangs prices itself
         out instead of looking idle.
         """
@@ -205,7 +207,7 @@ class Flights(Table):
         return queued_ms
 
     def ahead_tokens(self, slot: int, ms_per_token: float, now_s: float) -> float:
-        """Uncached tokens that a flight opened now would wait for, less what the head must have had by now."""
+        """Work that a flight opened now would wait for, less what the head must have had by now."""
         cells = self._columns.cells
         queued, head = cells["queued_tokens"][slot], cells["head_tokens"][slot]
         elapsed_ms = max(now_s * 1000.0 - cells["head_since_ms"][slot], 0.0)
@@ -224,7 +226,7 @@ class Flights(Table):
         queue[flight.flight_id] = flight
         self._waiting += 1
         cells["waiting"][slot] += 1.0
-        cells["queued_tokens"][slot] += flight.uncached_tokens
+        cells["queued_tokens"][slot] += flight.work_tokens
         cells["queued_prompt_tokens"][slot] += flight.prompt_tokens
         if len(queue) == 1:
             self._set_head(slot, flight.dispatched_s + flight.network_ms / 2000.0)
@@ -242,14 +244,14 @@ class Flights(Table):
             cells["head_since_ms"][slot] = math.inf
             return
         cells["waiting"][slot] -= 1.0
-        cells["queued_tokens"][slot] -= flight.uncached_tokens
+        cells["queued_tokens"][slot] -= flight.work_tokens
         cells["queued_prompt_tokens"][slot] -= flight.prompt_tokens
         if was_head:  # the engine turned to the next one half a round trip before this first token was seen
             self._set_head(slot, now_s - flight.network_ms / 2000.0)
 
     def _set_head(self, slot: int, since_s: float) -> None:
         head, cells = next(iter(self._queues[slot].values())), self._columns.cells
-        cells["head_tokens"][slot] = head.uncached_tokens
+        cells["head_tokens"][slot] = head.work_tokens
         cells["head_since_ms"][slot] = max(since_s * 1000.0, head.dispatched_s * 1000.0 + head.network_ms / 2.0)
 
     def _uncount(self, flight: Flight, now_s: float) -> None:
