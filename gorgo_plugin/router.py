@@ -199,9 +199,9 @@ class Router:
                 flight.rest = model.rest(prompt)
                 flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
                 flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
-                tokens = len(prompt) * model.scale_of(prompt)
-                work_tokens = model.rates.slot_work_tokens(flight.slot, tokens, tokens - cached_tokens)
-                self._flights.recount(flight, tokens, cached_tokens, work_tokens)
+                length = len(prompt) * model.scale_of(prompt)
+                work_tokens = model.rates.slot_work_tokens(flight.slot, length, length - cached_tokens)
+                self._flights.recount(flight, length, cached_tokens, work_tokens)
                 self.engine_caches.dispatched(flight)
 
     def first_token(self, flight_id: int, at_s: float | None = None) -> None:

@@ -30,6 +30,7 @@ def view(gauges: Mapping[str, list[float]] | None = None, affinity: bytes = b"s"
     return View(
         names=["a", "b", "c"],
         uncached_tokens=1000.0 - arrays["cached_tokens"],
+        work_tokens=1000.0 - arrays["cached_tokens"],
         prompt_tokens=1000.0,
         load=loads.__getitem__,
         gauge=lambda name: np.array((gauges or {}).get(name, [np.nan] * 3)),

@@ -8,7 +8,7 @@ import pytest
 
 from gorgo_plugin.settings import HealthSettings, ProbeSettings, RateSettings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable, RateTable
-from gorgo_plugin.signals.rates import weighted_median
+from gorgo_plugin.signals.rates import HALF_LIFE_S, Sample, token_pairs, weighted_medians
 
 ONE = np.array([0])
 
@@ -151,8 +151,13 @@ def rates() -> RateTable:
     return table
 
 
+def first_token(tokens: float, ms: float, at_s: float = 0.0, prompt_tokens: float | None = None) -> Sample:
+    """Of `tokens` uncached tokens, behind cached ones up to `prompt_tokens`."""
+    return Sample(0.0, tokens, token_pairs(tokens if prompt_tokens is None else prompt_tokens, tokens), ms, at_s)
+
+
 def test_rates_start_at_the_prior() -> None:
-    assert rates().describe(0) == {"ms_per_token": 0.09, "overhead_ms": 10.0, "samples": 0}
+    assert rates().describe(0) == {"ms_per_token": 0.09, "overhead_ms": 10.0, "tokens_per_pair": 0.0, "samples": 0}
 
 
 def test_slope_and_overhead_are_learned_although_a_third_of_the_samples_are_outliers() -> None:
@@ -160,7 +165,8 @@ def test_slope_and_overhead_are_learned_although_a_third_of_the_samples_are_outl
     for number in range(200):
         tokens = rng.uniform(100, 8000)
         outlier = number % 3 == 0
-        table.observe(0, tokens, 30.0 + 0.2 * tokens * rng.gauss(1.0, 0.02) + (20_000.0 if outlier else 0.0))
+        ms = 30.0 + 0.2 * tokens * rng.gauss(1.0, 0.02) + (20_000.0 if outlier else 0.0)
+        table.observe(0, first_token(tokens, ms))
     learned = table.describe(0)
     assert learned["ms_per_token"] == pytest.approx(0.2, rel=0.15)
     assert learned["overhead_ms"] < 200.0
@@ -170,7 +176,7 @@ def test_clean_samples_are_fitted_within_five_percent() -> None:
     table, rng = rates(), random.Random(1)
     for _ in range(64):
         tokens = rng.uniform(16, 8000)
-        table.observe(0, tokens, 30.0 + 0.05 * tokens * rng.gauss(1.0, 0.02))
+        table.observe(0, first_token(tokens, 30.0 + 0.05 * tokens * rng.gauss(1.0, 0.02)))
     assert table.describe(0)["ms_per_token"] == pytest.approx(0.05, rel=0.05)
     assert table.describe(0)["overhead_ms"] == pytest.approx(30.0, abs=10.0)
 
@@ -178,7 +184,7 @@ def test_clean_samples_are_fitted_within_five_percent() -> None:
 def test_slow_first_answers_to_short_prompts_leave_the_slope_at_the_prior() -> None:
     table = rates()
     for slow_ms in (2000.0, 900.0, 450.0, 440.0, 60.0):  # imports, connections: nothing that tokens would explain
-        table.observe(0, 330.0, slow_ms)
+        table.observe(0, first_token(330.0, slow_ms))
     assert table.describe(0)["ms_per_token"] == pytest.approx(0.09, rel=0.3)
     assert table.describe(0)["overhead_ms"] <= 60.0
 
@@ -188,28 +194,78 @@ def test_an_engine_that_slows_down_is_followed_within_a_window() -> None:
     for slope in (0.05, 0.15):
         for _ in range(65):
             tokens = rng.uniform(100, 8000)
-            table.observe(0, tokens, 20.0 + slope * tokens)
+            table.observe(0, first_token(tokens, 20.0 + slope * tokens))
     assert table.describe(0)["ms_per_token"] == pytest.approx(0.15, rel=0.05)
 
 
 @pytest.mark.parametrize(("tokens", "ms"), [(0, 5.0), (100, -1.0), (100, math.nan), (math.inf, 1.0)])
 def test_a_sample_that_makes_no_sense_is_ignored(tokens: float, ms: float) -> None:
     table = rates()
-    table.observe(0, tokens, ms)
+    table.observe(0, first_token(tokens, ms))
     assert table.describe(0)["samples"] == 0
 
 
 def test_rates_are_never_negative_or_zero() -> None:
     table = rates()
     for _ in range(64):
-        table.observe(0, 5000.0, 0.001)
+        table.observe(0, first_token(5000.0, 0.001))
     assert table.describe(0)["ms_per_token"] > 0.0
     assert table.describe(0)["overhead_ms"] >= 0.0
 
 
-def test_the_weighted_median_is_where_half_of_the_weight_lies_below() -> None:
-    assert weighted_median([(3.0, 1.0), (1.0, 1.0), (2.0, 1.0)]) == 2.0
-    assert weighted_median([(3.0, 5.0), (1.0, 1.0), (2.0, 1.0)]) == 3.0
+def test_what_attention_adds_is_learned_from_an_engine_that_slows_with_context() -> None:
+    table, rng = rates(), random.Random(1)
+    t0_ms, a_ms, b_ms = 9.8, 0.051, 5.7e-5  # vLLM 0.32 on one CPU core
+    errors = []
+    for number in range(300):
+        prompt = rng.uniform(500, 8000)
+        tokens = prompt * rng.uniform(0.05, 1.0)
+        ms = t0_ms + a_ms * tokens + b_ms * token_pairs(prompt, tokens)
+        if number >= 100:
+            predicted = table.overhead_ms(ONE)[0] + table.ms_per_token(ONE)[0] * table.slot_work_tokens(
+                0, prompt, tokens
+            )
+            errors.append(abs(predicted - ms) / ms)
+        table.observe(0, first_token(tokens, ms * rng.lognormvariate(0.0, 0.03), prompt_tokens=prompt))
+    assert table.describe(0)["tokens_per_pair"] == pytest.approx(b_ms / a_ms, rel=0.5)
+    assert sorted(errors)[len(errors) // 2] < 0.08
+
+
+def test_a_linear_engine_is_given_no_attention() -> None:
+    table, rng = rates(), random.Random(1)
+    for _ in range(300):
+        prompt = rng.uniform(500, 20_000)
+        tokens = prompt * rng.uniform(0.05, 1.0)
+        table.observe(0, first_token(tokens, 15.0 + 0.1 * tokens * rng.lognormvariate(0.0, 0.1), prompt_tokens=prompt))
+    assert table.describe(0)["tokens_per_pair"] == 0.0
+    assert not table.curved
+
+
+def test_a_replica_that_is_not_asked_any_more_is_not_believed_slow_for_ever() -> None:
+    table = rates()
+    for _ in range(64):
+        table.observe(0, first_token(8000.0, 8000.0))
+    assert table.describe(0)["ms_per_token"] == pytest.approx(1.0, rel=0.05)
+    table.refit_old(HALF_LIFE_S)
+    assert table.describe(0)["ms_per_token"] > 0.9
+    table.refit_old(6 * HALF_LIFE_S)
+    assert table.describe(0)["ms_per_token"] == pytest.approx(0.09)
+
+
+def test_restored_rates_outlast_the_first_samples() -> None:
+    table, other = rates(), rates()
+    for _ in range(64):
+        other.observe(0, first_token(8000.0, 4000.0))
+    table.restore(0, other.describe(0), now_s=0.0)
+    assert table.ms_per_token(ONE)[0] == other.ms_per_token(ONE)[0]
+    table.observe(0, first_token(8000.0, 4000.0))
+    assert table.describe(0)["ms_per_token"] == pytest.approx(0.5, rel=0.05)
+
+
+def test_weighted_medians_are_where_half_of_the_weight_lies_below() -> None:
+    values = np.array([[3.0, 1.0], [1.0, 1.0]])
+    assert weighted_medians(values, np.array([1.0, 1.0]), 2.0, 1.0).tolist() == [2.0, 1.0]
+    assert weighted_medians(values, np.array([5.0, 1.0]), 2.0, 1.0).tolist() == [3.0, 1.0]
 
 
 # Gauges
@@ -247,6 +303,7 @@ def flight(number: int, uncached: float = 1000.0, at: float = 0.0, stream: bool 
         own_tokens=int(uncached) + 500,
         cached_tokens=500.0,
         uncached_tokens=uncached,
+        work_tokens=uncached,
         ahead_tokens=0.0,
         network_ms=100.0,
         predicted_ms=100.0 + uncached * 0.1,
