@@ -143,8 +143,9 @@ class Cost:
         queue_ms: the uncached tokens dispatched there and still without a first token, at the replica's own rate.
         prefill_ms: this prompt's uncached tokens at the replica's own rate, with its fixed overhead.
         blocking_ms: what its prefill is expected to make others wait there (`blocking_ms` in `policies/base.py`).
-        total_ms: the weighted sum `W_rtt * (network + doubt) + W_queue * queue + prefill`, and `blocking` for the
-            policy `gorgo`.
+        next_turn_ms: what the conversation's next turn is expected to pay for finding its prefix there (`next_turn_ms`,
+            ibid.).
+        total_ms: the weighted sum `W_rtt * (network + doubt) + W_queue * queue + prefill + blocking + next_turn`.
         score: what the policy in force minimises; equals `total_ms` for `gorgo`, has another unit for the baselines.
         cached_tokens: prompt tokens believed cached there.
         uncached_tokens: prompt tokens left to prefill.
@@ -155,6 +156,7 @@ class Cost:
     queue_ms: float
     prefill_ms: float
     blocking_ms: float
+    next_turn_ms: float
     total_ms: float
     score: float
     cached_tokens: int

@@ -51,6 +51,7 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
+CONTINUES_FROM = 0.5  # share of a prompt that is cached somewhere; what conversations merely share is mostly less
 
 
 class Router:
@@ -467,7 +468,8 @@ class Router:
             observer=observer,
         )
         self._flights.open(flight)
-        self._arrivals.sent(slot, view.prefill_ms.item(row), now)
+        continues = float(view.cached_tokens.max()) > CONTINUES_FROM * view.prompt_tokens
+        self._arrivals.sent(slot, view.prefill_ms.item(row), now, continues)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
 

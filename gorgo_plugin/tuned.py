@@ -119,8 +119,8 @@ def predicted_ms(view: View, choice: Choice) -> float:
 
 
 def foreseen_ms(view: View, choice: Choice) -> float:
-    """The same and what the choice makes others wait."""
-    return predicted_ms(view, choice) + float(view.blocking_ms[choice.row])
+    """The same and what the choice costs other requests."""
+    return predicted_ms(view, choice) + float(view.blocking_ms[choice.row] + view.next_turn_ms[choice.row])
 
 
 def tuned_pick(settings: Settings, state: Mapping[str, Any] | None = None) -> TunedPick | None:

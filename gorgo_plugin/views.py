@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import View
-from gorgo_plugin.policies.base import WAITING_SHARE, blocking_ms
+from gorgo_plugin.policies.base import WAITING_SHARE, blocking_ms, next_turn_ms
 from gorgo_plugin.replicas import Candidates
 from gorgo_plugin.signals import Arrivals, Flights, GaugeTable, LatencyTable
 
@@ -48,6 +48,7 @@ class Views:
             queue_ms=queue_ms,
             prefill_ms=prefill_ms,
             blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding, utilisation),
+            next_turn_ms=next_turn_ms(network_ms, prefill_ms, self.arrivals.continued),
             cached_tokens=cached,
             uncached_tokens=uncached,
             work_tokens=work,

@@ -14,7 +14,7 @@ from gorgo_plugin.signals.columns import FloatArray
 # Half of those who would wait for a prefill are thought to be sent elsewhere instead.
 WAITING_SHARE = 0.5
 # What a millisecond of a running answer's delay weighs against one before a first token.
-DECODING_SHARE = 0.03
+DECODING_SHARE = 0.06
 # Where the price of work stops growing: the fleet is full then, whatever goes where.
 MOST_UTILISATION = 0.9
 # As arrays: NumPy takes 0.3 us to make one of a number.
@@ -33,6 +33,7 @@ class View:
         queue_ms: time until the replica's prefill queue is empty.
         prefill_ms: this prompt's own prefill there.
         blocking_ms: what that makes others wait.
+        next_turn_ms: what the conversation's next turn is expected to pay for finding its prefix there.
         cached_tokens, uncached_tokens: of this prompt, in the engine's tokens.
         work_tokens: the uncached ones with what attending to all others adds (`signals/rates.py`).
         prompt_tokens: length of this prompt, in the engine's tokens.
@@ -50,6 +51,7 @@ class View:
     queue_ms: FloatArray
     prefill_ms: FloatArray
     blocking_ms: FloatArray
+    next_turn_ms: FloatArray
     cached_tokens: FloatArray
     uncached_tokens: FloatArray
     work_tokens: FloatArray
@@ -88,7 +90,8 @@ class View:
     @property
     def total_ms(self) -> FloatArray:
         """As `total_ms`, per candidate."""
-        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms, self.blocking_ms)
+        others_ms = self.blocking_ms + self.next_turn_ms
+        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms, others_ms)
 
     def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
         """An engine gauge, or this router's own count where the engine was never read."""
@@ -102,13 +105,29 @@ def total_ms(
     doubt_ms: Number,
     queue_ms: Number,
     prefill_ms: Number,
-    blocking_ms: Number,
+    others_ms: Number,
 ) -> Number:
-    """`W_rtt * (network + doubt) + W_queue * queue + prefill` (paper v2, eq. 3, in milliseconds) `+ blocking`."""
+    """`W_rtt * (network + doubt) + W_queue * queue + prefill` (paper v2, eq. 3, in milliseconds) `+ others`.
+
+    `others_ms` is what other requests will pay: `blocking` and `next_turn`.
+    """
     if weights == (1.0, 1.0):  # as it mostly is
-        return network_ms + doubt_ms + queue_ms + prefill_ms + blocking_ms
+        return network_ms + doubt_ms + queue_ms + prefill_ms + others_ms
     w_rtt, w_queue = weights
-    return w_rtt * (network_ms + doubt_ms) + w_queue * queue_ms + prefill_ms + blocking_ms
+    return w_rtt * (network_ms + doubt_ms) + w_queue * queue_ms + prefill_ms + others_ms
+
+
+def next_turn_ms(network_ms: FloatArray, prefill_ms: FloatArray, continued: float) -> FloatArray:
+    """Milliseconds that a conversation's next turn is expected to pay for finding its prefix at a candidate.
+
+    Above the least there is, and by the likelihood `continued` that there is a next turn. It goes to where this one
+    went and pays that round trip; or elsewhere, where what is not cached today has to be computed then.
+    """
+    elsewhere_ms = float((network_ms + prefill_ms).min())
+    found = np.minimum(network_ms, elsewhere_ms)
+    found -= min(float(network_ms.min()), elsewhere_ms)
+    found *= continued
+    return found
 
 
 def blocking_ms(

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from gorgo_plugin.policies.base import DECODING_SHARE, MOST_UTILISATION, blocking_ms
+from gorgo_plugin.policies.base import DECODING_SHARE, MOST_UTILISATION, blocking_ms, next_turn_ms
 from gorgo_plugin.signals.arrivals import HORIZON_S, Arrivals
 
 
@@ -65,3 +65,28 @@ def test_work_is_dearer_the_fuller_the_fleet_is(utilisation: float, expected_ms:
     priced = blocking_ms(np.array([100.0]), np.zeros(1), np.zeros(1), np.zeros(1), utilisation)
     assert priced[0] == pytest.approx(expected_ms)
     assert MOST_UTILISATION < 1.0
+
+
+def test_the_next_turn_pays_the_round_trip_of_where_this_one_went():
+    priced = next_turn_ms(np.array([37.0, 279.0, 456.0]), np.full(3, 5000.0), 0.5)
+    assert priced.tolist() == pytest.approx([0.0, 121.0, 209.5])
+
+
+def test_the_next_turn_pays_no_more_than_going_elsewhere():
+    """The nearest has all but 100 ms of the prompt: wherever this turn goes, the next one may go there."""
+    priced = next_turn_ms(np.array([37.0, 279.0, 456.0]), np.array([100.0, 900.0, 900.0]), 1.0)
+    assert priced.tolist() == pytest.approx([0.0, 100.0, 100.0])
+
+
+def test_without_conversations_no_turn_follows():
+    arrivals = table()
+    for _ in range(100):
+        arrivals.sent(0, 50.0, 1.0, continues=False)
+    assert not next_turn_ms(np.array([37.0, 279.0]), np.full(2, 900.0), arrivals.continued).any()
+
+
+def test_the_share_of_conversations_is_followed():
+    arrivals = table()
+    for number in range(2000):
+        arrivals.sent(0, 50.0, 1.0, continues=number % 4 != 0)
+    assert arrivals.continued == pytest.approx(0.75, abs=0.02)
