@@ -215,7 +215,7 @@ def _interval(ratio: Ratio) -> str:
 @bench.command("hostile")
 @click.option("--cold", default=200, type=click.IntRange(1), help="Cold prompts mixed into warm traffic.")
 @click.option("--tokens", default=100_000, type=click.IntRange(1), help="Tokens of each, about.")
-@click.option("--prefixes", default=200_000, type=click.IntRange(4), help="Prompts without a common prefix.")
+@click.option("--prefixes", default=1_000_000, type=click.IntRange(4), help="Prompts without a common prefix.")
 @click.option("--out", default="out/bench-hostile", type=click.Path(path_type=Path), help="Folder for the figures.")
 def bench_hostile(cold: int, tokens: int, prefixes: int, out: Path) -> None:
     """What cold and hostile prompts do to the event loop, to memory and to answers."""

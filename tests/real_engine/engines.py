@@ -63,14 +63,20 @@ class Engine:
 
     async def reset_cache(self) -> None:
         """Empty its prefix cache; only an engine without a request does it."""
-        async with aiohttp.ClientSession(raise_for_status=True) as session:
-            await session.post(f"{self.url}/reset_prefix_cache")
+        async with (
+            aiohttp.ClientSession(raise_for_status=True) as session,
+            session.post(f"{self.url}/reset_prefix_cache") as answer,
+        ):
+            await answer.read()
 
     async def step(self, model: str) -> None:
         """Let it work, so that it publishes the events that it holds back until then."""
         body = {"model": model, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 1}
-        async with aiohttp.ClientSession(raise_for_status=True) as session:
-            await session.post(f"{self.url}/v1/chat/completions", json=body)
+        async with (
+            aiohttp.ClientSession(raise_for_status=True) as session,
+            session.post(f"{self.url}/v1/chat/completions", json=body) as answer,
+        ):
+            await answer.read()
 
     async def _healthy(self) -> bool:
         try:
