@@ -468,7 +468,7 @@ class Router:
             observer=observer,
         )
         self._flights.open(flight)
-        continues = float(view.cached_tokens.max()) > CONTINUES_FROM * view.prompt_tokens
+        continues = max(view.cached_tokens.tolist()) > CONTINUES_FROM * view.prompt_tokens
         self._arrivals.sent(slot, view.prefill_ms.item(row), now, continues)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)

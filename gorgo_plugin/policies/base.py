@@ -123,9 +123,10 @@ def next_turn_ms(network_ms: FloatArray, prefill_ms: FloatArray, continued: floa
     Above the least there is, and by the likelihood `continued` that there is a next turn. It goes to where this one
     went and pays that round trip; or elsewhere, where what is not cached today has to be computed then.
     """
-    elsewhere_ms = float((network_ms + prefill_ms).min())
+    # By lists: a NumPy reduction of so few numbers takes ten times as long.
+    least_ms, elsewhere_ms = min(network_ms.tolist()), min((network_ms + prefill_ms).tolist())
     found = np.minimum(network_ms, elsewhere_ms)
-    found -= min(float(network_ms.min()), elsewhere_ms)
+    found -= min(least_ms, elsewhere_ms)
     found *= continued
     return found
 
