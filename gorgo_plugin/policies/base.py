@@ -125,7 +125,7 @@ def next_turn_ms(network_ms: FloatArray, prefill_ms: FloatArray, continued: floa
     """
     # By lists: a NumPy reduction of so few numbers takes ten times as long.
     least_ms, elsewhere_ms = min(network_ms.tolist()), min((network_ms + prefill_ms).tolist())
-    found = np.minimum(network_ms, elsewhere_ms)
+    found: FloatArray = np.minimum(network_ms, elsewhere_ms)
     found -= min(least_ms, elsewhere_ms)
     found *= continued
     return found
