@@ -58,11 +58,11 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
 
 
 def _from_list(tokens: Sequence[Any]) -> NDArray[np.uint32]:
-    # By way of `array`, which takes a quarter of the time of NumPy.
+    # By way of `array`, which takes a quarter of NumPy's time; its `fromlist` three quarters of its constructor's.
+    given, ids = tokens if isinstance(tokens, list) else list(tokens), array("I")
     try:
-        ids = array("I", tokens[:LIST_AT_ONCE] if len(tokens) > LIST_AT_ONCE else tokens)
-        for start in range(LIST_AT_ONCE, len(tokens), LIST_AT_ONCE):
-            ids += array("I", tokens[start : start + LIST_AT_ONCE])
+        for start in range(0, len(given), LIST_AT_ONCE):
+            ids.fromlist(given if len(given) <= LIST_AT_ONCE else given[start : start + LIST_AT_ONCE])
     except OverflowError as error:
         raise PromptError(_NOT_IDS) from error
     except TypeError as error:

@@ -181,12 +181,13 @@ class PrefixIndex:
 
     def credit(self, replica: int, hashes: bytes) -> Credit:
         """Note that `replica` is about to hold all blocks of `hashes`, evicting its oldest where it is full."""
-        bit = self._bit_of[replica]
-        self._clean_retired()
-        self._tick += 1
+        if self._retired:
+            self._clean_retired()
+        bit, capacity = self._bit_of[replica], self._capacity[replica]
+        self._tick = tick = self._tick + 1
         flag = self._flags[bit]
         node = boundary = self._root
-        position, end = 0, min(len(hashes), self._capacity[replica] * HASH_BYTES)
+        position, end = 0, min(len(hashes), capacity * HASH_BYTES)
         stamps: list[tuple[int, int]] = []
         extended = 0
         for _ in range(MAX_WALK_NODES):
@@ -202,21 +203,21 @@ class PrefixIndex:
                 break
             if child is None:
                 child = node.children[first] = Node(hashes[position:end], node)
-            common = common_blocks(child.edge, hashes, position, end)
-            if common * HASH_BYTES < len(child.edge):
-                child = self._split(child, common)
-            position += common * HASH_BYTES
+            if position + len(child.edge) > end or not hashes.startswith(child.edge, position):
+                child = self._split(child, common_blocks(child.edge, hashes, position, end))
+            position += len(child.edge)
             if child.mask & flag:
                 boundary = child
                 stamps.append((position // HASH_BYTES, child.used[bit]))
             else:
                 self._hold(child, bit)
-            child.used[bit] = self._tick
+            child.used[bit] = tick
             node = child
         if node is not self._root:
             self._queue_if_leaf(node, bit)
-        age = self._capacity[replica] + self._evicted[bit]
-        self._evict_to_capacity(replica)
+        age = capacity + self._evicted[bit]
+        if self._held[bit] > capacity:
+            self._evict_to_capacity(replica)
         had = stamps[-1][0] if stamps else 0
         if len(stamps) > MAX_STAMPS:  # some parts as one, used when the last of them was
             stamps = stamps[:: -(len(stamps) // MAX_STAMPS + 1)][::-1]
@@ -225,7 +226,7 @@ class PrefixIndex:
             self,
             replica,
             bit,
-            self._tick,
+            tick,
             node,
             end // HASH_BYTES,
             boundary,
