@@ -23,7 +23,8 @@ from gorgo_plugin.settings import RateSettings
 from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
-REFIT_EVERY = 8  # samples between fits once the window has filled a quarter
+REFIT_EVERY = 8  # samples between fits, after one for each of the first
+FIRST_FITS = 4
 REFIT_AFTER_S = 60.0  # and without samples, as what is known grows old
 HALF_LIFE_S = 300.0  # of evidence: a replica that is not asked any more is not believed slow for ever
 FULL_TOKENS = 4096.0  # work from here on is full evidence of the slope; more must not drown the other samples
@@ -96,7 +97,7 @@ class RateTable(Table):
             return
         number = int(seen[slot]) - COLD_SAMPLES - 1
         self._window(slot)[number % WINDOW] = sample
-        if number < WINDOW // 4 or number % REFIT_EVERY == 0:
+        if number < FIRST_FITS or number % REFIT_EVERY == 0:
             self._fit(slot, sample.at_s)
 
     def refit_old(self, now_s: float) -> None:
@@ -167,7 +168,10 @@ class RateTable(Table):
         ahead, own, pairs, ms, at_s = self._windows[slot][: min(seen, WINDOW)].T
         fresh = np.exp2(np.minimum(at_s - now_s, 0.0) / HALF_LIFE_S)
         tokens = ahead + own
-        work = tokens[:, None] + PAIR_LADDER * pairs[:, None]  # a column for each rung
+        rung = int(np.abs(PAIR_LADDER - cells["tokens_per_pair"][slot]).argmin())
+        # A column for each rung; before there are samples enough to choose one, for that of now alone.
+        rungs = PAIR_LADDER if seen >= PAIR_SAMPLES else PAIR_LADDER[rung : rung + 1]
+        work = tokens[:, None] + rungs * pairs[:, None]
         slopes = np.maximum(
             weighted_medians(
                 np.maximum(ms - cells["overhead_ms"][slot], 0.0)[:, None] / np.maximum(work, 1.0),
@@ -186,14 +190,14 @@ class RateTable(Table):
         )
         # The fixed part of an answer cannot be longer than the fastest answer was.
         overheads = np.clip(overheads, 0.0, ms.min())
-        errors = fresh @ np.minimum(np.abs(spent_ms + overheads - ms[:, None]) / ms[:, None], 1.0)
-        rung = int(np.abs(PAIR_LADDER - cells["tokens_per_pair"][slot]).argmin())
-        best = int(errors.argmin())
-        if seen >= PAIR_SAMPLES and errors[best] < CLEARLY_LESS * errors[rung]:
-            rung = best
-        cells["ms_per_token"][slot] = slopes[rung]
-        cells["overhead_ms"][slot] = overheads[rung]
-        cells["tokens_per_pair"][slot] = PAIR_LADDER[rung]
+        chosen = 0
+        if len(rungs) > 1:
+            errors = fresh @ np.minimum(np.abs(spent_ms + overheads - ms[:, None]) / ms[:, None], 1.0)
+            best = int(errors.argmin())
+            chosen = best if errors[best] < CLEARLY_LESS * errors[rung] else rung
+        cells["ms_per_token"][slot] = slopes[chosen]
+        cells["overhead_ms"][slot] = overheads[chosen]
+        cells["tokens_per_pair"][slot] = rungs[chosen]
         cells["next_fit_s"][slot] = now_s + REFIT_AFTER_S
         self.curved = bool(self._columns["tokens_per_pair"].any())
 
