@@ -36,8 +36,9 @@ from gorgo_plugin.signals import (
     HealthTable,
     LatencyTable,
     Observer,
+    Sample,
+    token_pairs,
 )
-from gorgo_plugin.signals.rates import Sample, token_pairs
 from gorgo_plugin.state import State
 from gorgo_plugin.tuned import retuned, tuned_pick, weights_in_force
 from gorgo_plugin.views import Views
@@ -383,7 +384,10 @@ class Router:
             self.set_replicas(settings.replicas)
 
     def sweep(self) -> int:
-        """Release flights older than `flight_ttl_s`, whoever lost sight of them; returns how many."""
+        """Release flights older than `flight_ttl_s`, whoever lost sight of them, and let rates age.
+
+        Returns how many flights.
+        """
         with self._lock:
             now = self._clock()
             self._swept_s = now
@@ -519,8 +523,7 @@ class Router:
         own = flight.uncached_tokens if own is None else own
         pairs = token_pairs(max(flight.prompt_tokens, own), own)
         service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
-        sample = Sample(flight.ahead_tokens, own, pairs, service_ms, flight.first_token_s)
-        model.rates.observe(flight.slot, sample)
+        model.rates.observe(flight.slot, Sample(flight.ahead_tokens, own, pairs, service_ms, flight.first_token_s))
 
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from gorgo_plugin.decision import Prompt
+from gorgo_plugin.decision import Cost, Prompt
 from gorgo_plugin.errors import PromptError
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime.probes import Unreachable, measuring
@@ -92,17 +92,17 @@ async def probe_once(router: Router, replicas: Sequence[ReplicaSettings], probe:
     return {replica.name: kind for replica, kind in zip(replicas, outcomes, strict=True) if kind is not None}
 
 
-TERMS = ("network", "doubt", "queue", "prefill", "blocking", "total")
+TERMS = tuple(field.name for field in fields(Cost) if field.name.endswith("_ms"))
 
 
 def rows(explained: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A header and a row per replica, in failover order: every term in milliseconds, then tokens and what is known."""
     named_score = any(row["score"] != row["total_ms"] for row in explained["replicas"].values())
-    header = ("", "replica", "region", *(f"{term} ms" for term in TERMS))
+    header = ("", "replica", "region", *(term.replace("_", " ") for term in TERMS))
     tail = ("cached tokens", "uncached tokens", "RTT age", "in flight", "state")
     lines = [(*header, *(("score",) if named_score else ()), *tail)]
     for name, row in explained["replicas"].items():
-        terms = [f"{row[f'{term}_ms']:,.1f}" for term in TERMS]
+        terms = [f"{row[term]:,.1f}" for term in TERMS]
         score = (f"{row['score']:,.4g}",) if named_score else ()
         load = row["load"]["waiting"] + row["load"]["decoding"]
         lines.append(

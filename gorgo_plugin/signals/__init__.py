@@ -5,7 +5,7 @@ from gorgo_plugin.signals.flights import Flight, Flights, Observer
 from gorgo_plugin.signals.gauges import EngineGauges, GaugeTable
 from gorgo_plugin.signals.health import HealthTable
 from gorgo_plugin.signals.latency import LatencyTable
-from gorgo_plugin.signals.rates import RateTable
+from gorgo_plugin.signals.rates import RateTable, Sample, token_pairs
 
 __all__ = [
     "Arrivals",
@@ -17,4 +17,6 @@ __all__ = [
     "LatencyTable",
     "Observer",
     "RateTable",
+    "Sample",
+    "token_pairs",
 ]

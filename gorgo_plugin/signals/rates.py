@@ -14,7 +14,7 @@ relative error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,10 @@ class Sample(NamedTuple):
     at_s: float
 
 
-def token_pairs(prompt_tokens: float, uncached_tokens: float) -> float:
+Number = TypeVar("Number", float, FloatArray)
+
+
+def token_pairs(prompt_tokens: float, uncached_tokens: Number) -> Number:
     """`u * c + u**2 / 2`: the pairs that attend while `u` of a prompt's tokens are computed behind the others."""
     return uncached_tokens * (prompt_tokens - uncached_tokens / 2.0)
 
@@ -136,8 +139,7 @@ class RateTable(Table):
         """The work of a prompt, in tokens, per replica."""
         if not self.curved:
             return uncached_tokens
-        pairs = uncached_tokens * (prompt_tokens - uncached_tokens / 2.0)
-        return uncached_tokens + self._columns["tokens_per_pair"][rows] * pairs
+        return uncached_tokens + self._columns["tokens_per_pair"][rows] * token_pairs(prompt_tokens, uncached_tokens)
 
     def slot_work_tokens(self, slot: int, prompt_tokens: float, uncached_tokens: float) -> float:
         """The same at one replica."""

@@ -206,3 +206,18 @@ def test_the_plain_table_is_aligned() -> None:
         "→  a            e       1,000.0",
         "   longer-name  e           1.0",
     ]
+
+
+def test_the_table_shows_terms_that_add_up_to_the_total() -> None:
+    router = Router(Settings.model_validate(fleet()))
+    router.observe_rtt("a", 0.03)
+    router.observe_rtt("b", 0.3)
+    for _ in range(20):  # a conversation, so that every term but doubt has a price
+        router.route(Prompt(range(4000)))
+    header, *lines = rows(explanation(router, Prompt(range(9000)), "/v1/completions"))
+    shown = [column for column, heading in enumerate(header) if heading.endswith(" ms")]
+    assert header[shown[-1]] == "total ms"
+    for line in lines:
+        *terms, total = (float(line[column].replace(",", "")) for column in shown)
+        assert sum(terms) == pytest.approx(total, abs=0.05 * len(shown))
+    assert any(float(line[header.index("next turn ms")]) > 1.0 for line in lines)
