@@ -7,7 +7,6 @@ tokenization and hashing happen outside it.
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 import time
@@ -97,7 +96,7 @@ class Router:
         self._models: OrderedDict[str, ModelState] = OrderedDict()  # the least recently used first
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
         self._attempts: TTLCache[str, list[tuple[int, int]]] = TTLCache(MAX_REQUESTS, settings.flight_ttl_s, clock)
-        self._flight_ids = itertools.count(1)
+        self._last_flight_id = 0
         tables = (self._latency, self._flights, self._gauges, self._health, self._models, self._model)
         self._state = State(self._replicas, *tables, self.engine_caches)
         self._swept_s = clock()
@@ -152,7 +151,8 @@ class Router:
             else:
                 choice, sample = self._tuned(self._policy, view, tiers, self._rng, prompt.stream, now, not attempts)
                 self._views.weights = self._tuned.weights
-            flight_id, slot = next(self._flight_ids), among.slots[choice.row]
+            flight_id, slot = self._last_flight_id + 1, among.slots[choice.row]
+            self._last_flight_id = flight_id
             request = request_id if request_id is not None else f"flight-{flight_id}"
             self._open(flight_id, request, prompt, model, hashes, found, slot, view, choice.row, now, sample)
             if request_id is not None:
@@ -235,7 +235,7 @@ class Router:
             under_way = self._flights.get(flight_id)
             flight = under_way or self._recent.get(flight_id)
             if flight is None or flight.usage_seen:
-                self._counters["unknown_flights"] += flight is None
+                self._count_if_unknown(flight_id)
                 return
             if not prompt_tokens or prompt_tokens < 0:
                 return  # engines and gateways report 0 when they do not know
@@ -481,21 +481,26 @@ class Router:
 
     def _known(self, flight_id: int) -> Flight | None:
         flight = self._flights.get(flight_id)
-        if flight is None and flight_id not in self._recent:
-            self._counters["unknown_flights"] += 1
+        if flight is None:
+            self._count_if_unknown(flight_id)
         return flight
+
+    def _count_if_unknown(self, flight_id: int) -> None:
+        """Of flights that have ended more may be heard; one that was never opened is a gateway's mistake."""
+        self._counters["unknown_flights"] += not 0 < flight_id <= self._last_flight_id
 
     def _release(self, flight_id: int, now: float, failure: str | None = None) -> Flight | None:
         flight, answered = self._flights.close(flight_id, now), failure is None
         if flight is None:
-            self._counters["unknown_flights"] += flight_id not in self._recent
+            self._count_if_unknown(flight_id)
             return None
         model = self._model(flight.model)
         flight.tell_end(now, failure)
         if answered:
             self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more
-        self._recent[flight_id] = flight
+        if not flight.usage_seen:
+            self._recent[flight_id] = flight
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)

@@ -48,7 +48,7 @@ class Tail:
             self._head += piece.text[:USAGE_BYTES]
         self._pieces.append(piece)
         self._size += len(piece.raw)
-        while self._size - len(self._pieces[0].raw) > TAIL_BYTES:
+        while self._size > TAIL_BYTES + len(self._pieces[0].raw):
             self._size -= len(self._pieces.popleft().raw)
 
     def usage(self) -> Usage:

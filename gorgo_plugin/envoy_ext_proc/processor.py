@@ -105,20 +105,22 @@ class Processor:
 
 async def _watch(piece: Piece, attempt: EnvoyAttempt, context: Context) -> None:
     """The stream of one answer's pieces."""
-    tail = Tail(attempt.endpoint)
+    read, endpoint, reads_usage = context.read, attempt.endpoint, attempt.reads_usage
+    tail, awaits_token = Tail(endpoint), attempt.streamed and not attempt.began
     while attempt.closed in (None, "finished"):
-        if not attempt.began and attempt.streamed and shows_first_token(piece.raw, attempt.endpoint):
+        if awaits_token and shows_first_token(piece.raw, endpoint):
             attempt.first_token()
-        if attempt.reads_usage:
+            awaits_token = False
+        if reads_usage:
             tail.add(piece)
         elif attempt.began:
             return
         if piece.ends:
-            if attempt.reads_usage:
+            if reads_usage:
                 attempt.usage(tail.usage())
             attempt.finish()
             return
-        raw = await context.read()
+        raw = await read()
         if raw is grpc.aio.EOF:
             return
         piece = Piece(raw)

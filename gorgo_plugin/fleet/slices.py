@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import time
 from dataclasses import dataclass
 
 import psutil
+
+_clock_of = getattr(ctypes.CDLL(None), "clock_getcpuclockid", None)  # macOS has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,17 @@ class Slice:
 
 
 def cpu_s(process: psutil.Process) -> float:
-    """User and system time a process has taken so far, in seconds; counted in hundredths."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    """User and system time a process has taken so far, in seconds: by its own clock, in nanoseconds.
+
+    The system's tables count in hundredths, of which a request takes a fifth.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    if _clock_of is None:
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    clock = ctypes.c_int()
+    if error := _clock_of(process.pid, ctypes.byref(clock)):
+        raise OSError(error, os.strerror(error))
+    return time.clock_gettime(clock.value)

@@ -24,6 +24,8 @@ class LatencyTable(Table):
         super().__init__(rtt_ms=math.nan, spread_ms=0.0, at_s=-math.inf)
         self.settings = settings
         self._oldest_s: float | None = None  # when the longest unseen row was measured; None: to be looked up
+        # (round trips, no doubt) as they are while none is stale; not written to, as decisions hold on to them.
+        self._known_ms = np.empty(0), np.empty(0)
 
     def grow(self, rows: int) -> None:
         """Lengthen to `rows` rows."""
@@ -61,13 +63,16 @@ class LatencyTable(Table):
         A round trip that was never measured counts as the prior, so never 0 for want of knowledge, and the prior once
         more is its doubt. A stale one is doubted the more, the older it is.
         """
-        rtt, at = self._columns["rtt_ms"][rows].copy(), self._columns["at_s"][rows]
         stale_after_s, prior_ms = self.settings.stale_after_s, self.settings.prior_ms
         if self._oldest_s is None:
             self._oldest_s = min(self._columns.cells["at_s"], default=now_s)
+            self._known_ms = self._columns["rtt_ms"].copy(), np.zeros(self._columns.rows)
         # As it mostly is: all measured, none stale. The second look is for rows whose replicas have left.
-        if now_s - self._oldest_s <= stale_after_s or now_s - np.min(at, initial=now_s) <= stale_after_s:
-            return rtt, np.zeros(len(at))
+        at = self._columns["at_s"]
+        if now_s - self._oldest_s <= stale_after_s or now_s - np.min(at[rows], initial=now_s) <= stale_after_s:
+            rtt, none = self._known_ms
+            return rtt[rows], none[rows]
+        rtt, at = self._columns["rtt_ms"][rows], at[rows]
         periods = np.maximum(now_s - at, 0.0) / stale_after_s
         late = np.minimum(periods, MAX_STALE_PERIODS)
         stale = np.where(periods > 1.0, (self._columns["spread_ms"][rows] + STALE_GROWTH * rtt) * late, 0.0)

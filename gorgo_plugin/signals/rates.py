@@ -24,6 +24,7 @@ from gorgo_plugin.signals.columns import FloatArray, Rows, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
 REFIT_EVERY = 8  # samples between fits, after one for each of the first
+REFIT_PAUSE_S = 0.25  # at least between them: a busy replica has many samples a second, and its rates last longer
 FIRST_FITS = 4
 REFIT_AFTER_S = 60.0  # and without samples, as what is known grows old
 HALF_LIFE_S = 300.0  # of evidence: a replica that is not asked any more is not believed slow for ever
@@ -100,7 +101,7 @@ class RateTable(Table):
             return
         number = int(seen[slot]) - COLD_SAMPLES - 1
         self._window(slot)[number % WINDOW] = sample
-        if number < FIRST_FITS or number % REFIT_EVERY == 0:
+        if number < FIRST_FITS or (number % REFIT_EVERY == 0 and not self._fitted_lately(slot, sample.at_s)):
             self._fit(slot, sample.at_s)
 
     def refit_old(self, now_s: float) -> None:
@@ -159,6 +160,10 @@ class RateTable(Table):
             "tokens_per_pair": cells["tokens_per_pair"][slot],
             "samples": int(cells["samples"][slot]),
         }
+
+    def _fitted_lately(self, slot: int, now_s: float) -> bool:
+        fitted_s = self._columns.cells["next_fit_s"][slot] - REFIT_AFTER_S
+        return 0.0 <= now_s - fitted_s < REFIT_PAUSE_S
 
     def _window(self, slot: int) -> NDArray[np.float64]:
         if slot not in self._windows:

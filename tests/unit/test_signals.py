@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -8,7 +9,7 @@ import pytest
 
 from gorgo_plugin.settings import HealthSettings, ProbeSettings, RateSettings
 from gorgo_plugin.signals import EngineGauges, Flight, Flights, GaugeTable, HealthTable, LatencyTable, RateTable
-from gorgo_plugin.signals.rates import HALF_LIFE_S, Sample, token_pairs, weighted_medians
+from gorgo_plugin.signals.rates import HALF_LIFE_S, REFIT_EVERY, REFIT_PAUSE_S, Sample, token_pairs, weighted_medians
 
 ONE = np.array([0])
 
@@ -151,9 +152,13 @@ def rates() -> RateTable:
     return table
 
 
-def first_token(tokens: float, ms: float, at_s: float = 0.0, prompt_tokens: float | None = None) -> Sample:
-    """Of `tokens` uncached tokens, behind cached ones up to `prompt_tokens`."""
-    return Sample(0.0, tokens, token_pairs(tokens if prompt_tokens is None else prompt_tokens, tokens), ms, at_s)
+SECONDS = itertools.count()
+
+
+def first_token(tokens: float, ms: float, at_s: float | None = None, prompt_tokens: float | None = None) -> Sample:
+    """Of `tokens` uncached tokens, behind cached ones up to `prompt_tokens`; a second after the last, if not `at_s`."""
+    pairs = token_pairs(tokens if prompt_tokens is None else prompt_tokens, tokens)
+    return Sample(0.0, tokens, pairs, ms, float(next(SECONDS)) if at_s is None else at_s)
 
 
 def test_rates_start_at_the_prior() -> None:
@@ -244,7 +249,7 @@ def test_a_linear_engine_is_given_no_attention() -> None:
 def test_a_replica_that_is_not_asked_any_more_is_not_believed_slow_for_ever() -> None:
     table = rates()
     for _ in range(64):
-        table.observe(0, first_token(8000.0, 8000.0))
+        table.observe(0, first_token(8000.0, 8000.0, at_s=0.0))
     assert table.describe(0)["ms_per_token"] == pytest.approx(1.0, rel=0.05)
     table.refit_old(HALF_LIFE_S)
     assert table.describe(0)["ms_per_token"] > 0.9
@@ -252,11 +257,22 @@ def test_a_replica_that_is_not_asked_any_more_is_not_believed_slow_for_ever() ->
     assert table.describe(0)["ms_per_token"] == pytest.approx(0.09)
 
 
+def test_a_busy_replica_is_not_fitted_for_every_few_of_its_answers() -> None:
+    table = rates()
+    for ms, at_s in ((800.0, 0.0), (1600.0, REFIT_PAUSE_S / 2)):
+        for _ in range(64):
+            table.observe(0, first_token(8000.0, ms, at_s))
+    assert table.describe(0)["ms_per_token"] == pytest.approx(0.1, rel=0.05)
+    for _ in range(REFIT_EVERY):
+        table.observe(0, first_token(8000.0, 1600.0, REFIT_PAUSE_S))
+    assert table.describe(0)["ms_per_token"] == pytest.approx(0.2, rel=0.05)
+
+
 def test_restored_rates_outlast_the_first_samples() -> None:
     table, other = rates(), rates()
     for _ in range(64):
         other.observe(0, first_token(8000.0, 4000.0))
-    table.restore(0, other.describe(0), now_s=0.0)
+    table.restore(0, other.describe(0), now_s=float(next(SECONDS)))
     assert table.ms_per_token(ONE)[0] == other.ms_per_token(ONE)[0]
     table.observe(0, first_token(8000.0, 4000.0))
     assert table.describe(0)["ms_per_token"] == pytest.approx(0.5, rel=0.05)
