@@ -54,8 +54,10 @@ class CostTable(Costs):
         view = self._view
         network_ms, doubt_ms = view.network_ms.item(row), view.doubt_ms.item(row)
         queue_ms, prefill_ms = view.queue_ms.item(row), view.prefill_ms.item(row)
-        blocking_ms, next_turn_ms = view.blocking_ms.item(row), view.next_turn_ms.item(row)
-        others_ms = blocking_ms + next_turn_ms
+        blocking_ms, next_turn_ms, decode_ms = (
+            one.item(row) for one in (view.blocking_ms, view.next_turn_ms, view.decode_ms)
+        )
+        others_ms = blocking_ms + next_turn_ms + decode_ms
         return Cost(
             network_ms=network_ms,
             doubt_ms=doubt_ms,
@@ -63,6 +65,7 @@ class CostTable(Costs):
             prefill_ms=prefill_ms,
             blocking_ms=blocking_ms,
             next_turn_ms=next_turn_ms,
+            decode_ms=decode_ms,
             total_ms=total_ms(view.weights, network_ms, doubt_ms, queue_ms, prefill_ms, others_ms),
             score=self._choice.scores.item(row),
             cached_tokens=round(view.cached_tokens.item(row)),

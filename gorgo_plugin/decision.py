@@ -145,7 +145,10 @@ class Cost:
         blocking_ms: what its prefill is expected to make others wait there (`blocking_ms` in `policies/base.py`).
         next_turn_ms: what the conversation's next turn is expected to pay for finding its prefix there (`next_turn_ms`,
             ibid.).
-        total_ms: the weighted sum `W_rtt * (network + doubt) + W_queue * queue + prefill + blocking + next_turn`.
+        decode_ms: what decoding its answer there is expected to cost it and those that decode there (`decode_ms`,
+            ibid.).
+        total_ms: the weighted sum
+            `W_rtt * (network + doubt) + W_queue * queue + prefill + blocking + next_turn + decode`.
         score: what the policy in force minimises; equals `total_ms` for `gorgo`, has another unit for the baselines.
         cached_tokens: prompt tokens believed cached there.
         uncached_tokens: prompt tokens left to prefill.
@@ -157,6 +160,7 @@ class Cost:
     prefill_ms: float
     blocking_ms: float
     next_turn_ms: float
+    decode_ms: float
     total_ms: float
     score: float
     cached_tokens: int

@@ -223,7 +223,7 @@ class EngineCaches:
             for held in (group.blocks.match(hashes, len(prompt.tokens), prompt.model), group.bridge.match(hashes)):
                 for slot, blocks in held.items():
                     told[slot] = max(blocks, told.get(slot, 0))
-        return Found(found.blocks, found.answers, told, exact)
+        return found._replace(told=told, exact=exact)
 
     def dispatched(self, flight: Flight) -> None:
         """A flight was sent to its slot; where the engine tells its blocks, it counts until it has had time to."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.prefix import Answer, AnswerIndex, Credit, block_hasher
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals import Flight, RateTable
+from gorgo_plugin.signals import DecodeTable, Flight, RateTable
 from gorgo_plugin.signals.columns import FloatArray
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
@@ -33,12 +33,14 @@ class Found(NamedTuple):
 
     Attributes:
         blocks: leading blocks of the prompt by slot, shape (replicas,); the answer before it is not counted.
+        most_blocks: of them; as credit alone tells, where an engine's own word says otherwise.
         answers: by slot, of the replicas that gave the answer from which the prompt goes on: its blocks come on top.
         told: leading blocks by the engine's own word, by slot, where there is one.
         exact: slots for which that is all that counts.
     """
 
     blocks: FloatArray
+    most_blocks: int
     answers: Mapping[int, Answer]
     told: Mapping[int, int] = _NOTHING
     exact: Set[int] = frozenset()
@@ -57,6 +59,7 @@ class ModelState:
         self.hasher = block_hasher(block_tokens, secret)
         self.index = AnswerIndex()
         self.rates = RateTable(prior)
+        self.decodes = DecodeTable()
         self.scale = 1.0
         self._ratios: deque[float] = deque(maxlen=SCALE_WINDOW)
         self._answers_kept: deque[bool] = deque(maxlen=ANSWER_WINDOW)
@@ -66,10 +69,12 @@ class ModelState:
     def grow(self, rows: int) -> None:
         """Lengthen the tables to `rows` rows."""
         self.rates.grow(rows)
+        self.decodes.grow(rows)
 
     def reset(self, slot: int) -> None:
         """Forget all about one replica."""
         self.rates.reset(slot)
+        self.decodes.reset(slot)
         self.remove(slot)
 
     def set_capacity(self, slot: int, kv_tokens: int) -> None:
@@ -98,7 +103,7 @@ class ModelState:
         """Find a prompt in the index: its tokens, shape (n,), and the hashes of its full blocks."""
         index, walk = self.index, self.index.walk(hashes)
         answers = index.answers_before(hashes, walk, partial(self.hasher.tail, tokens)) if index.has_answers else {}
-        return Found(index.spread(walk, replicas), answers)
+        return Found(index.spread(walk, replicas), walk[-1][1] if walk else 0, answers)
 
     def cached_tokens(self, found: Found, own_tokens: int, scale: float) -> FloatArray:
         """Engine tokens that what each replica holds saves a prompt, shape (replicas,): never its last token.

@@ -51,7 +51,7 @@ MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
 MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
 SWEEP_EVERY_S = 5.0
-CONTINUES_FROM = 0.5  # share of a prompt that is cached somewhere; what conversations merely share is mostly less
+CONTINUES_FROM = 0.5  # share of a prompt that was seen before; what conversations merely share is mostly less
 
 
 class Router:
@@ -245,7 +245,7 @@ class Router:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
             scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
             if output_tokens is not None and output_tokens > 0:
-                flight.output_tokens = output_tokens / scale
+                flight.output_tokens, flight.generated_tokens = output_tokens / scale, output_tokens
                 if under_way is None:
                     self._note_answer(flight, model)
             if cached_tokens is None or not 0 <= cached_tokens <= prompt_tokens:
@@ -393,6 +393,7 @@ class Router:
             self._swept_s = now
             for model in self._models.values():
                 model.rates.refit_old(now)
+                model.decodes.refresh(now)
             lost = self._flights.opened_before(now - self.settings.flight_ttl_s)
             for flight_id in lost:
                 self._release(flight_id, now, "lost")
@@ -472,7 +473,7 @@ class Router:
             observer=observer,
         )
         self._flights.open(flight)
-        continues = max(view.cached_tokens.tolist()) > CONTINUES_FROM * view.prompt_tokens
+        continues = found.most_blocks * model.block_tokens > CONTINUES_FROM * len(prompt)
         self._arrivals.sent(slot, view.prefill_ms.item(row), now, continues)
         self.engine_caches.dispatched(flight)
         self._health.dispatched(slot, flight_id, now)
@@ -497,6 +498,7 @@ class Router:
         model = self._model(flight.model)
         flight.tell_end(now, failure)
         if answered:
+            flight.answered_s = now
             self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more
         if not flight.usage_seen:
@@ -514,8 +516,14 @@ class Router:
         return flight
 
     def _note_answer(self, flight: Flight, model: ModelState) -> None:
-        if flight.credit is not None and flight.output_tokens is not None:
+        if flight.output_tokens is None or self._replicas.name(flight.slot) is None:
+            return
+        if flight.credit is not None:
             model.answered(flight.credit, flight.rest, flight.output_tokens)
+        if flight.answered_s is not None and flight.first_token_s is not None:
+            model.decodes.observe(
+                flight.slot, flight.decoding, flight.first_token_s, flight.answered_s, flight.generated_tokens
+            )
 
     def _learn(self, flight: Flight, model: ModelState) -> None:
         """Rates, from streamed answers only: of the others the first token was not seen."""

@@ -53,6 +53,7 @@ class State:
                 self.latency.restore(slot, latency["rtt_ms"], latency["spread_ms"], now - latency["age_s"])
             for model, rates in known["models"].items():
                 self.model(model).rates.restore(slot, rates, now)
+                self.model(model).decodes.restore(slot, rates, now)
 
     def _flights(self) -> dict[str, int]:
         counts = {self.replicas[slot].name: 0 for slot in self.replicas.slots}
@@ -79,6 +80,7 @@ class State:
             "models": {
                 name: {
                     **model.rates.describe(slot),
+                    **model.decodes.describe(slot),
                     "index_tokens": round(model.index.held_blocks(slot) * model.block_tokens * model.scale),
                 }
                 for name, model in self.models.items()

@@ -120,7 +120,8 @@ def predicted_ms(view: View, choice: Choice) -> float:
 
 def foreseen_ms(view: View, choice: Choice) -> float:
     """The same and what the choice costs other requests."""
-    return predicted_ms(view, choice) + float(view.blocking_ms[choice.row] + view.next_turn_ms[choice.row])
+    row = choice.row
+    return predicted_ms(view, choice) + float(view.blocking_ms[row] + view.next_turn_ms[row] + view.decode_ms[row])
 
 
 def tuned_pick(settings: Settings, state: Mapping[str, Any] | None = None) -> TunedPick | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import numpy as np
+
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import View
-from gorgo_plugin.policies.base import WAITING_SHARE, blocking_ms, next_turn_ms
+from gorgo_plugin.policies.base import WAITING_SHARE, blocking_ms, decode_ms, next_turn_ms
 from gorgo_plugin.replicas import Candidates
 from gorgo_plugin.signals import Arrivals, Flights, GaugeTable, LatencyTable
+from gorgo_plugin.signals.columns import FloatArray, Rows
 
 
 @dataclass(slots=True)
@@ -39,16 +42,17 @@ class Views:
         prefill_ms = ms_per_token * work
         prefill_ms += model.rates.overhead_ms(rows)
         queue_ms = flights.backlog_ms(rows, ms_per_token, now)
-        arrivals, decoding = self.arrivals.per_ms(rows, now, WAITING_SHARE), flights.column("decoding", rows)
-        utilisation = self.arrivals.utilisation(now) / len(among.names)
+        decoding = flights.column("decoding", rows)
+        arrivals, busy = self.arrivals.lately(rows, now, WAITING_SHARE)
         return View(
             names=among.names,
             network_ms=network_ms,
             doubt_ms=doubt_ms,
             queue_ms=queue_ms,
             prefill_ms=prefill_ms,
-            blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding, utilisation),
+            blocking_ms=blocking_ms(prefill_ms, queue_ms, arrivals, decoding, busy / len(among.names)),
             next_turn_ms=next_turn_ms(network_ms, prefill_ms, self.arrivals.continued),
+            decode_ms=self._decode_ms(prompt, model, rows, decoding),
             cached_tokens=cached,
             uncached_tokens=uncached,
             work_tokens=work,
@@ -59,3 +63,10 @@ class Views:
             weights=self.weights,
             rng=rng,
         )
+
+    def _decode_ms(self, prompt: Prompt, model: ModelState, rows: Rows, decoding: FloatArray) -> FloatArray:
+        decodes, most = model.decodes, prompt.max_output_tokens
+        if not decodes.output_tokens:
+            return np.zeros(len(decoding))
+        tokens = decodes.output_tokens if most is None else min(decodes.output_tokens, most)
+        return decode_ms(decodes.base_ms(rows), decodes.per_request_ms(rows), decoding, tokens)

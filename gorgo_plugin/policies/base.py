@@ -34,6 +34,7 @@ class View:
         prefill_ms: this prompt's own prefill there.
         blocking_ms: what that makes others wait.
         next_turn_ms: what the conversation's next turn is expected to pay for finding its prefix there.
+        decode_ms: what decoding the answer there costs.
         cached_tokens, uncached_tokens: of this prompt, in the engine's tokens.
         work_tokens: the uncached ones with what attending to all others adds (`signals/rates.py`).
         prompt_tokens: length of this prompt, in the engine's tokens.
@@ -52,6 +53,7 @@ class View:
     prefill_ms: FloatArray
     blocking_ms: FloatArray
     next_turn_ms: FloatArray
+    decode_ms: FloatArray
     cached_tokens: FloatArray
     uncached_tokens: FloatArray
     work_tokens: FloatArray
@@ -91,6 +93,7 @@ class View:
     def total_ms(self) -> FloatArray:
         """As `total_ms`, per candidate."""
         others_ms = self.blocking_ms + self.next_turn_ms
+        others_ms += self.decode_ms
         return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms, others_ms)
 
     def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
@@ -109,7 +112,7 @@ def total_ms(
 ) -> Number:
     """`W_rtt * (network + doubt) + W_queue * queue + prefill` (paper v2, eq. 3, in milliseconds) `+ others`.
 
-    `others_ms` is what other requests will pay: `blocking` and `next_turn`.
+    `others_ms` is what is paid outside this TTFT: `blocking`, `next_turn` and `decode`.
     """
     if weights == (1.0, 1.0):  # as it mostly is
         return network_ms + doubt_ms + queue_ms + prefill_ms + others_ms
@@ -124,11 +127,27 @@ def next_turn_ms(network_ms: FloatArray, prefill_ms: FloatArray, continued: floa
     went and pays that round trip; or elsewhere, where what is not cached today has to be computed then.
     """
     # By lists: a NumPy reduction of so few numbers takes ten times as long.
-    least_ms, elsewhere_ms = min(network_ms.tolist()), min((network_ms + prefill_ms).tolist())
-    found: FloatArray = np.minimum(network_ms, elsewhere_ms)
-    found -= min(least_ms, elsewhere_ms)
+    found: FloatArray = np.minimum(network_ms, min((network_ms + prefill_ms).tolist()))
+    found -= min(network_ms.tolist())
     found *= continued
     return found
+
+
+def decode_ms(
+    base_ms: FloatArray, per_request_ms: FloatArray, decoding: FloatArray, output_tokens: float
+) -> FloatArray:
+    """What decoding an answer of `output_tokens` costs, per candidate, above the least there is.
+
+    With `n` that decode there already the answer takes `base + per_request * (n + 1)` a token, and makes each of the
+    `n` wait `per_request` longer for each of theirs. It delays ends, not first tokens, and counts by `DECODING_SHARE`.
+    """
+    cost: FloatArray = decoding + decoding
+    cost += 1.0
+    cost *= per_request_ms
+    cost += base_ms
+    cost -= min(cost.tolist())
+    cost *= DECODING_SHARE * output_tokens
+    return cost
 
 
 def blocking_ms(

@@ -36,13 +36,13 @@ class Arrivals(Table):
         self._columns.cells["requests"][slot] += weight
         self._prefill_ms += weight * prefill_ms
 
-    def per_ms(self, rows: Rows, now_s: float, share: float = 1.0) -> FloatArray:
-        """`share` of the requests per millisecond, per replica."""
-        return self._columns["requests"][rows] * (share * self._share_of_a_ms(now_s))
+    def lately(self, rows: Rows, now_s: float, share: float = 1.0) -> tuple[FloatArray, float]:
+        """`share` of the requests per millisecond, per replica; and how busy all replicas are kept.
 
-    def utilisation(self, now_s: float) -> float:
-        """Milliseconds of prefill sent to all replicas together per millisecond: 1.0 keeps one of them busy."""
-        return self._prefill_ms * self._share_of_a_ms(now_s)
+        That is milliseconds of prefill sent to all of them together per millisecond: 1.0 keeps one of them busy.
+        """
+        of_a_ms = self._share_of_a_ms(now_s)
+        return self._columns["requests"][rows] * (share * of_a_ms), self._prefill_ms * of_a_ms
 
     def _share_of_a_ms(self, now_s: float) -> float:
         return math.exp(-max((now_s - self._base_s) / HORIZON_S, 0.0)) / (HORIZON_S * 1000.0)

@@ -45,6 +45,8 @@ class Flight:
         predicted_ms: predicted TTFT.
         prefill_ends_s: when the prefill is predicted to end; what releases the queue for a non-streamed request.
         first_token_s: when the first token was seen, None before.
+        decoding: requests that decoded beside it, itself included: at its first token, after its end over its course.
+        answered_s: when its answer was complete, None before and when it never was.
         observer: is told what becomes of it.
         in_queue: it still blocks the replica's prefill queue.
     """
@@ -73,10 +75,13 @@ class Flight:
     cache_key: str = ""
     observer: Observer | None = None
     first_token_s: float | None = None
+    decoding: float = 0.0
+    answered_s: float | None = None
     in_queue: bool = True
     learned: bool = False  # its times have been learned from, or must not be
     usage_seen: bool = False
     output_tokens: float | None = None  # as the engine reported, in own tokens
+    generated_tokens: int = 0  # the same in the engine's
     learned_uncached_tokens: float | None = None  # as the engine reported
 
     def tell_end(self, now_s: float, failure: str | None) -> None:
@@ -138,6 +143,7 @@ class Flights(Table):
         self._dequeue(flight, now_s)
         cells = self._columns.cells
         cells["decoding"][flight.slot] += 1.0
+        flight.decoding = cells["decoding"][flight.slot]
         cells["decoding_prompt_tokens"][flight.slot] += flight.prompt_tokens
 
     def close(self, flight_id: int, now_s: float) -> Flight | None:
@@ -259,6 +265,7 @@ class Flights(Table):
             self._dequeue(flight, now_s)
             return
         slot, cells = flight.slot, self._columns.cells
+        flight.decoding = (flight.decoding + cells["decoding"][slot]) / 2.0
         cells["decoding"][slot] -= 1.0
         if cells["decoding"][slot] <= 0.0:
             cells["decoding"][slot] = cells["decoding_prompt_tokens"][slot] = 0.0

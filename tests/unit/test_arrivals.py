@@ -17,24 +17,24 @@ def test_a_steady_stream_is_read_as_its_rate():
     arrivals = table()
     for number in range(1000):
         arrivals.sent(0, 50.0, 0.1 * number)
-    per_ms = arrivals.per_ms(slice(0, 2), 100.0)
+    per_ms = arrivals.lately(slice(0, 2), 100.0)[0]
     assert per_ms[0] == pytest.approx(0.010, rel=0.05)  # ten a second
     assert per_ms[1] == 0.0
-    assert arrivals.utilisation(100.0) == pytest.approx(0.5, rel=0.05)
+    assert arrivals.lately(slice(0, 2), 100.0)[1] == pytest.approx(0.5, rel=0.05)
 
 
 def test_demand_fades_when_nothing_comes():
     arrivals = table()
     arrivals.sent(0, 50.0, 5.0)
-    before = arrivals.per_ms(slice(0, 2), 5.0)[0]
-    assert arrivals.per_ms(slice(0, 2), 5.0 + HORIZON_S)[0] == pytest.approx(before / math.e)
+    before = arrivals.lately(slice(0, 2), 5.0)[0][0]
+    assert arrivals.lately(slice(0, 2), 5.0 + HORIZON_S)[0][0] == pytest.approx(before / math.e)
 
 
 def test_it_runs_for_months_and_through_jumps_of_the_clock():
     arrivals = table()
     for at_s in (0.0, 1e7, 1e7 + 1.0, 3.0, 4.0):
         arrivals.sent(0, 50.0, at_s)
-        seen = arrivals.per_ms(slice(0, 2), at_s)[0]
+        seen = arrivals.lately(slice(0, 2), at_s)[0][0]
         assert 1 / (HORIZON_S * 1000) <= seen <= 5 / (HORIZON_S * 1000)
 
 
@@ -42,7 +42,7 @@ def test_a_new_replica_in_an_old_row_has_no_demand():
     arrivals = table()
     arrivals.sent(1, 50.0, 1.0)
     arrivals.reset(1)
-    assert arrivals.per_ms(slice(0, 2), 1.0)[1] == 0.0
+    assert arrivals.lately(slice(0, 2), 1.0)[0][1] == 0.0
 
 
 def test_the_price_of_blocking_is_the_delay_of_those_who_come_meanwhile():

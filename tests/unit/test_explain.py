@@ -62,7 +62,7 @@ def test_json_holds_every_term_of_every_replica(tmp_path: Path, port: int) -> No
     assert explained["ranked"] == ["a", "b"]
     for row in explained["replicas"].values():
         cost = row["network_ms"] + row["doubt_ms"] + row["queue_ms"] + row["prefill_ms"]
-        cost += row["blocking_ms"] + row["next_turn_ms"]
+        cost += row["blocking_ms"] + row["next_turn_ms"] + row["decode_ms"]
         assert row["total_ms"] == pytest.approx(cost)
         assert row["cached_tokens"] + row["uncached_tokens"] == explained["prompt_tokens"]
 

@@ -21,6 +21,7 @@ def view(gauges: Mapping[str, list[float]] | None = None, affinity: bytes = b"s"
         "doubt_ms": [0.0] * 3,
         "blocking_ms": [0.0] * 3,
         "next_turn_ms": [0.0] * 3,
+        "decode_ms": [0.0] * 3,
         "queue_ms": [0.0] * 3,
         "prefill_ms": [90.0] * 3,
         "cached_tokens": [0.0] * 3,
