@@ -54,9 +54,8 @@ class CostTable(Costs):
         view = self._view
         network_ms, doubt_ms = view.network_ms.item(row), view.doubt_ms.item(row)
         queue_ms, prefill_ms = view.queue_ms.item(row), view.prefill_ms.item(row)
-        blocking_ms, next_turn_ms, decode_ms = (
-            one.item(row) for one in (view.blocking_ms, view.next_turn_ms, view.decode_ms)
-        )
+        blocking_ms, next_turn_ms = view.blocking_ms.item(row), view.next_turn_ms.item(row)
+        decode_ms = 0.0 if view.decode_ms is None else view.decode_ms.item(row)
         others_ms = blocking_ms + next_turn_ms + decode_ms
         return Cost(
             network_ms=network_ms,

@@ -56,6 +56,7 @@ class ModelState:
 
     def __init__(self, block_tokens: int, secret: bytes, prior: RateSettings) -> None:
         self.block_tokens = block_tokens
+        self._block = np.array(float(block_tokens))  # NumPy takes 0.4 us longer with a number of Python's
         self.hasher = block_hasher(block_tokens, secret)
         self.index = AnswerIndex()
         self.rates = RateTable(prior)
@@ -122,7 +123,10 @@ class ModelState:
         most = max(own_tokens - 1, 0) // self.block_tokens
         if blocks is not found.blocks or own_tokens % self.block_tokens == 0:  # else what was found is never more
             blocks = np.minimum(blocks, most)
-        return blocks * (self.block_tokens * scale)
+        cached: FloatArray = blocks * self._block
+        if scale != 1.0:
+            cached *= scale
+        return cached
 
     @property
     def keeps_answers(self) -> bool:

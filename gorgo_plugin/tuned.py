@@ -121,7 +121,8 @@ def predicted_ms(view: View, choice: Choice) -> float:
 def foreseen_ms(view: View, choice: Choice) -> float:
     """The same and what the choice costs other requests."""
     row = choice.row
-    return predicted_ms(view, choice) + float(view.blocking_ms[row] + view.next_turn_ms[row] + view.decode_ms[row])
+    decode_ms = 0.0 if view.decode_ms is None else float(view.decode_ms[row])
+    return predicted_ms(view, choice) + float(view.blocking_ms[row] + view.next_turn_ms[row]) + decode_ms
 
 
 def tuned_pick(settings: Settings, state: Mapping[str, Any] | None = None) -> TunedPick | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import numpy as np
-
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import View
@@ -64,9 +62,9 @@ class Views:
             rng=rng,
         )
 
-    def _decode_ms(self, prompt: Prompt, model: ModelState, rows: Rows, decoding: FloatArray) -> FloatArray:
+    def _decode_ms(self, prompt: Prompt, model: ModelState, rows: Rows, decoding: FloatArray) -> FloatArray | None:
         decodes, most = model.decodes, prompt.max_output_tokens
         if not decodes.output_tokens:
-            return np.zeros(len(decoding))
+            return None
         tokens = decodes.output_tokens if most is None else min(decodes.output_tokens, most)
         return decode_ms(decodes.base_ms(rows), decodes.per_request_ms(rows), decoding, tokens)

@@ -50,14 +50,12 @@ def pick(policy: Policy, view: View, tiers: Sequence[int] | None, rng: random.Ra
     scores = policy.scores(view)
     if len(scores) == 1:
         return Choice(0, "only-candidate", scores, tiers)
+    among = scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)
+    row, reason = int(among.argmin()), policy.reason
     # As a list: of so few numbers each array operation costs what a look at all of them does.
-    eligible: list[float] = (
-        scores if tiers is None else np.where(np.equal(tiers, min(tiers)), scores, np.inf)
-    ).tolist()
-    lowest = min(eligible)
+    eligible: list[float] = among.tolist()
+    lowest, eligible[row] = eligible[row], math.inf
     limit = lowest + policy.tie_ms + policy.tie_share * abs(lowest)
-    row, reason = eligible.index(lowest), policy.reason
-    eligible[row] = math.inf
     if min(eligible) <= limit:
         others = [other for other, score in enumerate(eligible) if score <= limit and other != row]
         near = [row, *sorted(others, key=eligible.__getitem__)]

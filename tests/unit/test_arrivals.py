@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from gorgo_plugin.policies.base import DECODING_SHARE, MOST_UTILISATION, blocking_ms, next_turn_ms
+from gorgo_plugin.policies.base import DECODING_SHARE, MOST_TURNS, MOST_UTILISATION, blocking_ms, next_turn_ms
 from gorgo_plugin.signals.arrivals import HORIZON_S, Arrivals
 
 
@@ -67,12 +67,13 @@ def test_work_is_dearer_the_fuller_the_fleet_is(utilisation: float, expected_ms:
     assert MOST_UTILISATION < 1.0
 
 
-def test_the_next_turn_pays_the_round_trip_of_where_this_one_went():
-    priced = next_turn_ms(np.array([37.0, 279.0, 456.0]), np.full(3, 5000.0), 0.5)
-    assert priced.tolist() == pytest.approx([0.0, 121.0, 209.5])
+@pytest.mark.parametrize(("continued", "turns"), [(0.25, 4 / 3), (0.5, MOST_TURNS), (0.9, MOST_TURNS)])
+def test_the_next_turns_pay_the_round_trip_of_where_this_one_went(continued: float, turns: float):
+    priced = next_turn_ms(np.array([37.0, 279.0, 456.0]), np.full(3, 5000.0), continued)
+    assert priced.tolist() == pytest.approx([0.0, continued * turns * 242.0, continued * turns * 419.0])
 
 
-def test_the_next_turn_pays_no_more_than_going_elsewhere():
+def test_the_next_turns_pay_no_more_than_going_elsewhere():
     """The nearest has all but 100 ms of the prompt: wherever this turn goes, the next one may go there."""
     priced = next_turn_ms(np.array([37.0, 279.0, 456.0]), np.array([100.0, 900.0, 900.0]), 1.0)
     assert priced.tolist() == pytest.approx([0.0, 100.0, 100.0])
