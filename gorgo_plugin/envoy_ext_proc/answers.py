@@ -7,7 +7,7 @@ from collections import deque
 
 import msgspec
 
-from gorgo_plugin.envoy_ext_proc.messages import Piece
+from gorgo_plugin.envoy_ext_proc.messages import text_of_piece
 from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from gorgo_plugin.runtime.outcomes import Usage, usage_of
 
@@ -23,9 +23,9 @@ _NAMED = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _OPENING_USAGE = re.compile(rb'"message_start".*?(?<!\\)"usage"\s*:\s*(?=\{)', re.DOTALL)
 
 
-def shows_first_token(piece: bytes, endpoint: str) -> bool:
-    """Whether a piece of a streamed answer shows that the first token is there."""
-    return _FIRST_TOKEN[endpoint] in piece if endpoint != EMBEDDINGS else False
+def shows_first_token(raw: bytes, endpoint: str) -> bool:
+    """Whether a piece of a streamed answer, or a message with one, shows that the first token is there."""
+    return _FIRST_TOKEN[endpoint] in raw if endpoint != EMBEDDINGS else False
 
 
 class Tail:
@@ -34,22 +34,22 @@ class Tail:
     An Anthropic stream reports its prompt in its first event, so that one is kept as well.
     """
 
-    __slots__ = ("_head", "_keeps_head", "_pieces", "_size")
+    __slots__ = ("_head", "_keeps_head", "_messages", "_size")
 
     def __init__(self, endpoint: str) -> None:
         self._keeps_head = endpoint == MESSAGES
         self._head = b""
-        self._pieces: deque[Piece] = deque()
+        self._messages: deque[bytes] = deque()
         self._size = 0
 
-    def add(self, piece: Piece) -> None:
-        """Take the next piece."""
+    def add(self, raw: bytes) -> None:
+        """Take the observed message with the next piece."""
         if self._keeps_head and len(self._head) < USAGE_BYTES:
-            self._head += piece.text[:USAGE_BYTES]
-        self._pieces.append(piece)
-        self._size += len(piece.raw)
-        while self._size > TAIL_BYTES + len(self._pieces[0].raw):
-            self._size -= len(self._pieces.popleft().raw)
+            self._head += text_of_piece(raw)[:USAGE_BYTES]
+        self._messages.append(raw)
+        self._size += len(raw)
+        while self._size > TAIL_BYTES + len(self._messages[0]):
+            self._size -= len(self._messages.popleft())
 
     def usage(self) -> Usage:
         """What the answer reports; nothing where it does not."""
@@ -61,15 +61,15 @@ class Tail:
         return Usage(prompt.prompt_tokens, prompt.cached_tokens, found.output_tokens)
 
     def _last_usage(self) -> Usage:
-        after: list[Piece] = []
-        for piece in reversed(self._pieces):
-            after.append(piece)
-            if _USAGE in piece.raw:  # as the last with one mostly does, it holds all of it
-                found = _usage_in(b"".join([one.text for one in reversed(after)]))
+        after: list[bytes] = []
+        for raw in reversed(self._messages):
+            after.append(raw)
+            if _USAGE in raw:  # as the last with one mostly does, it holds all of it
+                found = _usage_in(b"".join(map(text_of_piece, reversed(after))))
                 if found != _NONE:
                     return found
                 break
-        return _usage_in(b"".join([one.text for one in self._pieces]))  # it may be cut anywhere
+        return _usage_in(b"".join(map(text_of_piece, self._messages)))  # it may be cut anywhere
 
 
 def _usage_in(text: bytes) -> Usage:

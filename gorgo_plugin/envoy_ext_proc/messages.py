@@ -49,9 +49,10 @@ NOT_OURS: bytes = pb.ProcessingResponse(
 ).SerializeToString()
 
 
-# How Envoy begins messages with the headers of a request and of an answer, and with the body of a request, and what
-# marks the end of a body.
-_REQUEST_HEADERS, _ANSWER_HEADERS, _REQUEST_BODY, _END = b"\x12", b"\x1a", b"\x22", b"\x10\x01"
+# How Envoy begins messages with the headers of a request and of an answer, and with their bodies, and what marks the
+# end of a body.
+_REQUEST_HEADERS, _ANSWER_HEADERS, _REQUEST_BODY, _ANSWER_BODY = b"\x12", b"\x1a", b"\x22", b"\x2a"
+_END = b"\x10\x01"
 _BODY = b"\x0a"  # of the body inside its field
 # Headers are the same for most requests, as no more of them is forwarded than matters: longer ones are read each time.
 _ALIKE_BYTES = 512
@@ -85,48 +86,18 @@ class Served(NamedTuple):
     details: str
 
 
-class Piece:
-    """An observed message with a piece of an answer. They are many: what stands in one is read when it is asked for.
-
-    Attributes:
-        raw: the message, which has the piece in it.
-    """
-
-    __slots__ = ("_message", "raw")
-
-    def __init__(self, raw: bytes, message: Message = None) -> None:
-        self.raw = raw
-        self._message = message
-
-    @property
-    def text(self) -> bytes:
-        """The piece itself."""
-        text: bytes = self._read().response_body.body
-        return text
-
-    @property
-    def ends(self) -> bool:
-        """Whether it is the last of its answer."""
-        return _END in self.raw and bool(self._read().response_body.end_of_stream)
-
-    def _read(self) -> Message:
-        if self._message is None:
-            self._message = pb.ProcessingRequest.FromString(self.raw)
-        return self._message
-
-
 class Received(NamedTuple):
     """A message of Envoy's.
 
     Attributes:
         kind: which of the protocol's requests.
         content: what matters of it: of a request's headers and an answer's as `read_head` and `read_served` tell, of
-            a request's body its bytes, of an answer's body a piece.
+            a request's body its bytes.
         attempt: `attempt_id` of an observed one, which awaits no answer; None where one is awaited.
     """
 
     kind: str
-    content: Head | Served | Piece | bytes | None
+    content: Head | Served | bytes | None
     attempt: str | None
 
 
@@ -174,8 +145,6 @@ def _read(raw: bytes) -> Received:
         content = read_head(message)
     elif kind == "response_headers":
         content = read_served(message)
-    elif kind == "response_body":
-        content = Piece(raw, message)
     return Received(kind, content, attempt_id(message) if message.observability_mode else None)
 
 
@@ -206,6 +175,23 @@ def attempt_id(message: Message) -> str:
     """The id that `routed` gave to the request that an observed message belongs to; "" without one."""
     known = message.metadata_context.filter_metadata
     return known[METADATA_NAMESPACE].fields[ATTEMPT_KEY].string_value if METADATA_NAMESPACE in known else ""
+
+
+def attempt_of_piece(raw: bytes, begins: bytes, length: int) -> str | None:
+    """The same of an observed piece of an answer, unread: an id of `length` bytes that begins so; None without one."""
+    at = raw.rfind(begins) if raw[:1] == _ANSWER_BODY else -1  # metadata follows the body
+    return raw[at : at + length].decode("latin-1") if at >= 0 else None
+
+
+def text_of_piece(raw: bytes) -> bytes:
+    """The piece itself in an observed message with a piece of an answer."""
+    text: bytes = pb.ProcessingRequest.FromString(raw).response_body.body
+    return text
+
+
+def is_last_piece(raw: bytes) -> bool:
+    """Whether such a message has the last of its answer. They are many, so most are not read for it."""
+    return _END in raw and bool(pb.ProcessingRequest.FromString(raw).response_body.end_of_stream)
 
 
 def routed(replica: str, destinations: str, attempt: str, body: bytes | None) -> bytes:

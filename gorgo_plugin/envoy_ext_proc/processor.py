@@ -18,7 +18,7 @@ from gorgo_plugin.envoy_ext_proc.answers import Tail, shows_first_token
 from gorgo_plugin.envoy_ext_proc.attempts import EnvoyAttempt
 from gorgo_plugin.envoy_ext_proc.bodies import asking_for_usage, stream_reports_usage, unpacked
 from gorgo_plugin.envoy_ext_proc.envoy_yaml import address_of
-from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Piece, Received, Served
+from gorgo_plugin.envoy_ext_proc.messages import UNCHANGED, Head, Received, Served, attempt_of_piece, is_last_piece
 from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
 from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.runtime import Runtime
@@ -28,6 +28,7 @@ KEPT_S = 0.5
 TIDY_S = 0.1  # one timer for all requests: one each would cost a twentieth of the service's work
 ASK_AFTER = 0.6  # share of the message timeout after which the service asks for more
 LOGGED_EVERY_S = 10.0
+ID_DIGITS = 12  # so many requests are years
 
 _log = logging.getLogger("gorgo_plugin")
 Context = Any  # grpc.aio.ServicerContext, generic in what it carries
@@ -45,7 +46,9 @@ class Processor:
         self.streams = 0
         self._attempts: dict[str, EnvoyAttempt] = {}
         self._left: deque[tuple[float, EnvoyAttempt]] = deque()  # when its request was over; the first ones first
-        self._boot = secrets.token_hex(4)  # a stream that outlives a restart must not meet another request's attempt
+        # How ids begin: a stream that outlives a restart must not meet another request's attempt.
+        self._boot = secrets.token_hex(4) + "-"
+        self._begins, self._id_length = self._boot.encode(), len(self._boot) + ID_DIGITS
         self._count = 0
         self._watched = False  # whether Envoy sends answers to watch; without, their headers are all that is seen
         self._logged_s = -LOGGED_EVERY_S
@@ -57,14 +60,16 @@ class Processor:
             raw = await context.read()
             if raw is grpc.aio.EOF:
                 return
-            first = messages.read(raw)
-            if first.attempt is None:
-                await _Routing(self, context).run(first)
-                return
+            observed = attempt_of_piece(raw, self._begins, self._id_length)
+            if observed is None:
+                first = messages.read(raw)
+                if first.attempt is None:
+                    await _Routing(self, context).run(first)
+                    return
             self._watched = True
-            attempt = self._attempts.get(first.attempt)
-            if attempt is not None and isinstance(first.content, Piece):
-                await _watch(first.content, attempt, context)
+            attempt = self._attempts.get(observed or "")
+            if attempt is not None:
+                await _watch(raw, attempt, context)
         finally:
             self.streams -= 1
 
@@ -72,7 +77,7 @@ class Processor:
         """Open an attempt that the observing stream can find."""
         self._count += 1
         attempt = EnvoyAttempt(
-            self.runtime, decision, prompt, f"{self._boot}-{self._count}", head.endpoint, reads_usage
+            self.runtime, decision, prompt, f"{self._boot}{self._count:0{ID_DIGITS}}", head.endpoint, reads_usage
         )
         self._attempts[attempt.id] = attempt
         return attempt
@@ -103,19 +108,19 @@ class Processor:
             _log.error("gorgo: a request was left to Envoy", exc_info=error)
 
 
-async def _watch(piece: Piece, attempt: EnvoyAttempt, context: Context) -> None:
-    """The stream of one answer's pieces."""
+async def _watch(raw: bytes, attempt: EnvoyAttempt, context: Context) -> None:
+    """The stream of one answer's pieces, from the message with the first of them."""
     read, endpoint, reads_usage = context.read, attempt.endpoint, attempt.reads_usage
     tail, awaits_token = Tail(endpoint), attempt.streamed and not attempt.began
     while attempt.closed in (None, "finished"):
-        if awaits_token and shows_first_token(piece.raw, endpoint):
+        if awaits_token and shows_first_token(raw, endpoint):
             attempt.first_token()
             awaits_token = False
         if reads_usage:
-            tail.add(piece)
+            tail.add(raw)
         elif attempt.began:
             return
-        if piece.ends:
+        if is_last_piece(raw):
             if reads_usage:
                 attempt.usage(tail.usage())
             attempt.finish()
@@ -123,7 +128,6 @@ async def _watch(piece: Piece, attempt: EnvoyAttempt, context: Context) -> None:
         raw = await read()
         if raw is grpc.aio.EOF:
             return
-        piece = Piece(raw)
 
 
 class _Routing:

@@ -11,7 +11,6 @@ import pytest
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from gorgo_plugin.envoy_ext_proc.answers import TAIL_BYTES, Tail, shows_first_token
-from gorgo_plugin.envoy_ext_proc.messages import Piece
 from gorgo_plugin.prompt.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from gorgo_plugin.runtime.outcomes import Usage
 from tests.stub_engine import OUTPUT_TOKENS, Behaviour, prompt_tokens, streamed_answer, whole_answer
@@ -27,10 +26,10 @@ BODIES: dict[str, dict[str, Any]] = {
 STREAMED = [endpoint for endpoint in BODIES if endpoint != EMBEDDINGS]
 
 
-def observed(piece: bytes) -> Piece:
+def observed(piece: bytes) -> bytes:
     message = pb.ProcessingRequest(observability_mode=True)
     message.response_body.body = piece
-    return Piece(message.SerializeToString())
+    return bytes(message.SerializeToString())
 
 
 def usage_in(endpoint: str, pieces: Iterable[bytes]) -> Usage:

@@ -12,7 +12,8 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from gorgo_plugin.envoy_ext_proc import messages
-from gorgo_plugin.envoy_ext_proc.messages import Head, Piece, Served
+from gorgo_plugin.envoy_ext_proc.messages import Head, Served
+from gorgo_plugin.envoy_ext_proc.names import ATTEMPT_KEY, METADATA_NAMESPACE
 from gorgo_plugin.prompt.endpoints import CHAT
 
 ATTRIBUTES = "envoy.filters.http.ext_proc"
@@ -111,11 +112,21 @@ def test_of_an_observed_piece_its_text_and_its_place_are_read() -> None:
         message = pb.ProcessingRequest(observability_mode=True)
         message.response_body.body, message.response_body.end_of_stream = b"data: \x10\x01", ends
         raw = message.SerializeToString()
-        received = messages.read(raw)
-        assert received.attempt == ""
-        for piece in (received.content, Piece(raw)):
-            assert isinstance(piece, Piece)
-            assert (piece.text, piece.ends) == (b"data: \x10\x01", ends)
+        assert messages.read(raw) == ("response_body", None, "")
+        assert (messages.text_of_piece(raw), messages.is_last_piece(raw)) == (b"data: \x10\x01", ends)
+
+
+def test_whose_answer_a_piece_belongs_to_is_found_unread() -> None:
+    message = pb.ProcessingRequest(observability_mode=True)
+    message.response_body.body = b"data: 0badcafe-000000000001 and more"
+    metadata = message.metadata_context.filter_metadata[METADATA_NAMESPACE]
+    metadata.fields[ATTEMPT_KEY].string_value = "0badcafe-000000000042"
+    raw = message.SerializeToString()
+    assert messages.attempt_of_piece(raw, b"0badcafe-", 21) == messages.attempt_id(message) == "0badcafe-000000000042"
+    assert messages.attempt_of_piece(raw, b"12345678-", 21) is None
+    headers = answered("200")
+    headers.metadata_context.CopyFrom(message.metadata_context)
+    assert messages.attempt_of_piece(headers.SerializeToString(), b"0badcafe-", 21) is None
 
 
 def test_what_is_no_message_is_refused() -> None:
