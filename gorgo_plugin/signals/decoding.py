@@ -65,9 +65,11 @@ class DecodeTable(Table):
         cells["covariance"][slot] = (1 - share) * (cells["covariance"][slot] + share * off_n * off_ms)
         cells["at_s"][slot] = ended_s
         self._fit(slot)
+        if not known:
+            self.refresh(ended_s)
 
     def refresh(self, now_s: float) -> None:
-        """Let what is known of those that are not asked fade, and those that never were count as the fastest."""
+        """Let what is known of those that are not asked fade; those that never were count as the fastest."""
         cells = self._columns.cells
         known = [slot for slot, samples in enumerate(cells["samples"]) if samples]
         if not known:
@@ -87,14 +89,13 @@ class DecodeTable(Table):
 
     def restore(self, slot: int, known: Mapping[str, Any], now_s: float) -> None:
         """Take over what another table's `describe` tells, as if some answers had shown it."""
-        cells = self._columns.cells
-        cells["base_ms"][slot], cells["per_request_ms"][slot] = (
-            float(known["itl_ms"]),
-            float(known["itl_per_request_ms"]),
-        )
-        if known["itl_samples"]:
-            cells["samples"][slot], cells["itl_ms"][slot] = SURE_SAMPLES, cells["base_ms"][slot]
-            cells["at_s"][slot] = now_s
+        if not known["itl_samples"]:
+            return
+        cells, slope_ms = self._columns.cells, float(known["itl_per_request_ms"])
+        cells["samples"][slot], cells["at_s"][slot] = SURE_SAMPLES, now_s
+        cells["decoding"][slot], cells["itl_ms"][slot] = 1.0, float(known["itl_ms"]) + slope_ms
+        cells["variance"][slot], cells["covariance"][slot] = LEAST_VARIANCE, 2.0 * LEAST_VARIANCE * slope_ms
+        self._fit(slot)
 
     def base_ms(self, rows: Rows) -> FloatArray:
         """Milliseconds between tokens, but for what those that decode add to it."""
