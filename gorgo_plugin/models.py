@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gorgo_plugin.decision import Prompt
 from gorgo_plugin.prefix import Answer, AnswerIndex, Credit, block_hasher
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals import DecodeTable, Flight, RateTable
+from gorgo_plugin.signals import DecodeTable, Flight, RateTable, Sample, token_pairs
 from gorgo_plugin.signals.columns import FloatArray
 
 SCALE_WINDOW = 33  # ratios whose median is the scale: an odd few, so that images or hidden system prompts stay outliers
@@ -143,6 +143,29 @@ class ModelState:
         blocks = int(len(rest) + output_tokens - 1) // self.block_tokens
         if blocks > 0:
             self.index.answered(credit, blocks, self.hasher.tail(rest, 0, len(rest)), len(rest))
+
+    def note_answer(self, flight: Flight) -> None:
+        """Take in an answer whose length is known: what it adds behind its prompt, and how fast it was decoded."""
+        if flight.output_tokens is None:
+            return
+        if flight.credit is not None:
+            self.answered(flight.credit, flight.rest, flight.output_tokens)
+        if flight.answered_s is not None and flight.first_token_s is not None:
+            times = flight.first_token_s, flight.answered_s
+            self.decodes.observe(flight.slot, flight.decoding, *times, flight.generated_tokens)
+
+    def learn_rate(self, flight: Flight) -> None:
+        """Learn from the first token of a streamed answer; of the others it was not seen."""
+        if flight.learned or flight.first_token_s is None:
+            return
+        flight.learned = True
+        own = flight.learned_uncached_tokens
+        if own is None and flight.awaits_tokens:
+            return
+        own = flight.uncached_tokens if own is None else own
+        pairs = token_pairs(max(flight.prompt_tokens, own), own)
+        service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
+        self.rates.observe(flight.slot, Sample(flight.ahead_tokens, own, pairs, service_ms, flight.first_token_s))
 
     def scale_of(self, prompt: Prompt) -> float:
         """What a prompt's own count is multiplied by."""

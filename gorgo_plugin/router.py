@@ -35,8 +35,6 @@ from gorgo_plugin.signals import (
     HealthTable,
     LatencyTable,
     Observer,
-    Sample,
-    token_pairs,
 )
 from gorgo_plugin.state import State
 from gorgo_plugin.tuned import retuned, tuned_pick, weights_in_force
@@ -506,7 +504,8 @@ class Router:
         self._health.ended(flight.slot, flight_id)
         if answered:
             self._health.answered(flight.slot)
-            self._learn(flight, model)
+            if self._replicas.name(flight.slot) is not None:
+                model.learn_rate(flight)
         if flight.credit is not None:
             if not answered and flight.first_token_s is None:
                 model.index.revoke(flight.credit)
@@ -516,27 +515,8 @@ class Router:
         return flight
 
     def _note_answer(self, flight: Flight, model: ModelState) -> None:
-        if flight.output_tokens is None or self._replicas.name(flight.slot) is None:
-            return
-        if flight.credit is not None:
-            model.answered(flight.credit, flight.rest, flight.output_tokens)
-        if flight.answered_s is not None and flight.first_token_s is not None:
-            model.decodes.observe(
-                flight.slot, flight.decoding, flight.first_token_s, flight.answered_s, flight.generated_tokens
-            )
-
-    def _learn(self, flight: Flight, model: ModelState) -> None:
-        """Rates, from streamed answers only: of the others the first token was not seen."""
-        if flight.learned or flight.first_token_s is None or self._replicas.name(flight.slot) is None:
-            return
-        flight.learned = True
-        own = flight.learned_uncached_tokens
-        if own is None and flight.awaits_tokens:
-            return
-        own = flight.uncached_tokens if own is None else own
-        pairs = token_pairs(max(flight.prompt_tokens, own), own)
-        service_ms = (flight.first_token_s - flight.dispatched_s) * 1000.0 - flight.network_ms
-        model.rates.observe(flight.slot, Sample(flight.ahead_tokens, own, pairs, service_ms, flight.first_token_s))
+        if self._replicas.name(flight.slot) is not None:
+            model.note_answer(flight)
 
     def _sweep_when_due(self, now: float) -> None:
         if not 0.0 <= now - self._swept_s < SWEEP_EVERY_S:
