@@ -111,6 +111,10 @@ DERIVED: tuple[Family, ...] = (
         "gorgo_kv_events_exact", "gauge", _REPLICA, "1 while the engine's own KV-cache events say what it has cached."
     ),
     Family("gorgo_index_tokens", "gauge", _REPLICA, "Tokens believed cached."),
+    Family("gorgo_prefill_seconds_per_token", "gauge", _FLIGHT, "Learned time of an uncached prompt token."),
+    Family("gorgo_prefill_overhead_seconds", "gauge", _FLIGHT, "Learned time of a first token whatever the prompt."),
+    Family("gorgo_itl_seconds", "gauge", _FLIGHT, "Learned time between tokens, but for those that decode beside."),
+    Family("gorgo_itl_seconds_per_request", "gauge", _FLIGHT, "What each request that decodes adds to it, learned."),
     Family("gorgo_engine_running", "gauge", _REPLICA, "Requests running, as the engine says."),
     Family("gorgo_engine_waiting", "gauge", _REPLICA, "Requests waiting, as the engine says."),
     Family("gorgo_engine_kv_usage_ratio", "gauge", _REPLICA, "Share of the KV cache in use, as the engine says."),

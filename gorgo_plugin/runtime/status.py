@@ -65,6 +65,12 @@ def readings(runtime: Runtime) -> Iterator[Reading]:
             yield "gorgo_rtt_seconds", labels, latency["rtt_ms"] / 1e3
             yield "gorgo_rtt_spread_seconds", labels, latency["spread_ms"] / 1e3
             yield "gorgo_rtt_age_seconds", labels, latency["age_s"]
+        for model, learned in replica["models"].items():
+            yield "gorgo_prefill_seconds_per_token", (*labels, model), learned["ms_per_token"] / 1e3
+            yield "gorgo_prefill_overhead_seconds", (*labels, model), learned["overhead_ms"] / 1e3
+            if learned["itl_samples"]:
+                yield "gorgo_itl_seconds", (*labels, model), learned["itl_ms"] / 1e3
+                yield "gorgo_itl_seconds_per_request", (*labels, model), learned["itl_per_request_ms"] / 1e3
         if gauges is not None:
             yield "gorgo_engine_running", labels, gauges["running"]
             yield "gorgo_engine_waiting", labels, gauges["waiting"]

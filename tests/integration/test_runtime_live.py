@@ -207,6 +207,10 @@ async def test_metrics_show_what_status_shows(listener: int) -> None:
         opened = {sample.labels["replica"]: sample.value for sample in ours if sample.name == "gorgo_flights_open"}
         assert measured == {"a"}
         assert opened == {"a": 0.0, "b": 0.0, decision.replica: 1.0}
+        prior = runtime.settings.rates.ms_per_token / 1e3
+        learned = [sample.value for sample in ours if sample.name == "gorgo_prefill_seconds_per_token"]
+        assert learned == pytest.approx([prior, prior])
+        assert not any(sample.name.startswith("gorgo_itl_") for sample in ours)  # nothing is known of it yet
 
 
 async def test_a_reload_of_the_fleet_keeps_the_state_of_replicas_that_stay(listener: int) -> None:
