@@ -121,6 +121,22 @@ def test_a_streamed_answer_passes_as_it_is_and_its_first_token_and_usage_are_lea
     assert answer.text == "".join(streamed_answer(path, body, behaviour))
 
 
+def test_how_fast_a_replica_decodes_is_learned_where_its_usage_is_known(gateway: Gateway, engines: Engines) -> None:
+    for engine in engines:
+        engine.behaviour = Behaviour(tokens=12, between_tokens_s=0.03)
+
+    def learned() -> int:
+        gateway.wait_until_at_rest()
+        models = [replica["models"].get("m", {}) for replica in gateway.status()["replicas"].values()]
+        return sum(model.get("itl_samples", 0) for model in models)
+
+    before = learned()
+    for body, more in (({**BODIES[CHAT], **ASKED}, 1), ({**BODIES[CHAT], "stream": True}, 0), (BODIES[CHAT], 0)):
+        gateway.post(body, CHAT)
+        assert learned() == before + more
+        before += more
+
+
 def test_the_learned_ttft_is_the_one_the_client_has(gateway: Gateway, engines: Engines) -> None:
     for engine in engines:
         engine.behaviour = Behaviour(before_first_token_s=0.3, between_tokens_s=0.05)

@@ -89,10 +89,21 @@ def test_a_first_token_is_learned_from_when_it_comes_not_from_the_headers(
     assert samples(gateway, body["model"]) == before + 1
 
 
-def samples(gateway: Proxy, model: str) -> int:
+def test_how_fast_a_replica_decodes_is_learned_from_streamed_answers(gateway: Proxy, engines: Engines) -> None:
+    for engine in engines:
+        engine.behaviour.tokens, engine.behaviour.between_tokens_s = 12, 0.03
+    before = samples(gateway, "m", "itl_samples")
+    ask(gateway, "/v1/chat/completions", chat(long_text(), stream=True))
+    wait_until(lambda: samples(gateway, "m", "itl_samples") == before + 1)
+    ask(gateway, "/v1/chat/completions", chat(long_text()))
+    assert samples(gateway, "m", "itl_samples") == before + 1
+    assert any(replica["models"]["m"]["itl_ms"] > 0.0 for replica in gateway.status()["replicas"].values())
+
+
+def samples(gateway: Proxy, model: str, of: str = "samples") -> int:
     """First tokens learned from."""
     replicas = gateway.status()["replicas"].values()
-    return sum(replica["models"][model]["samples"] for replica in replicas if model in replica["models"])
+    return sum(replica["models"][model][of] for replica in replicas if model in replica["models"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
