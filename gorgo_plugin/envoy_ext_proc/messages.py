@@ -148,7 +148,8 @@ def _read(raw: bytes) -> Received:
     return Received(kind, content, attempt_id(message) if message.observability_mode else None)
 
 
-_read_alike = functools.lru_cache(maxsize=4096)(_read)
+# An answer's have the second in them, so that those of some seconds ago do not come again.
+_read_alike = functools.lru_cache(maxsize=256)(_read)
 
 
 def read_head(message: Message) -> Head | None:
