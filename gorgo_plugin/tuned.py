@@ -119,10 +119,8 @@ def predicted_ms(view: View, choice: Choice) -> float:
 
 
 def foreseen_ms(view: View, choice: Choice) -> float:
-    """The same and what the choice costs other requests."""
-    row = choice.row
-    decode_ms = 0.0 if view.decode_ms is None else float(view.decode_ms[row])
-    return predicted_ms(view, choice) + float(view.blocking_ms[row] + view.next_turn_ms[row]) + decode_ms
+    """The same and what the choice costs outside its own TTFT."""
+    return predicted_ms(view, choice) + float(view.others_ms[choice.row])
 
 
 def tuned_pick(settings: Settings, state: Mapping[str, Any] | None = None) -> TunedPick | None:

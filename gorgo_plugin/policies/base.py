@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 
-from gorgo_plugin.signals.columns import FloatArray
+from gorgo_plugin.signals.columns import FloatArray, Number
 
 # Half of those who would wait for a prefill are thought to be sent elsewhere instead.
 WAITING_SHARE = 0.5
@@ -20,8 +20,6 @@ MOST_UTILISATION = 0.9
 MOST_TURNS = 2.0  # looked ahead to; until later ones, caches and queues are others
 # As arrays: NumPy takes 0.3 us to make one of a number.
 _HALF, _DECODING_SHARE = np.array(0.5), np.array(DECODING_SHARE)
-
-Number = TypeVar("Number", float, FloatArray)
 
 
 @dataclass(slots=True, eq=False)
@@ -91,12 +89,17 @@ class View:
         return self.waiting + self.decoding
 
     @property
-    def total_ms(self) -> FloatArray:
-        """As `total_ms`, per candidate."""
+    def others_ms(self) -> FloatArray:
+        """What is paid outside this TTFT: `blocking`, `next_turn` and `decode`."""
         others_ms = self.blocking_ms + self.next_turn_ms
         if self.decode_ms is not None:
             others_ms += self.decode_ms
-        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms, others_ms)
+        return others_ms
+
+    @property
+    def total_ms(self) -> FloatArray:
+        """As `total_ms`, per candidate."""
+        return total_ms(self.weights, self.network_ms, self.doubt_ms, self.queue_ms, self.prefill_ms, self.others_ms)
 
     def gauge_or(self, name: str, own: FloatArray) -> FloatArray:
         """An engine gauge, or this router's own count where the engine was never read."""
@@ -114,7 +117,7 @@ def total_ms(
 ) -> Number:
     """`W_rtt * (network + doubt) + W_queue * queue + prefill` (paper v2, eq. 3, in milliseconds) `+ others`.
 
-    `others_ms` is what is paid outside this TTFT: `blocking`, `next_turn` and `decode`.
+    `others_ms` is what is paid outside this TTFT.
     """
     if weights == (1.0, 1.0):  # as it mostly is
         total = network_ms + doubt_ms

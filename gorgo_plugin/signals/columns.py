@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+Number = TypeVar("Number", float, FloatArray)
+"""One replica's figure, or those of all: what a formula takes that serves both."""
 SlotArray = NDArray[np.intp]
 Rows: TypeAlias = SlotArray | slice
 """What picks rows out of a column: a slice where they follow each other, which costs no copy."""

@@ -14,13 +14,13 @@ relative error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gorgo_plugin.settings import RateSettings
-from gorgo_plugin.signals.columns import FloatArray, Rows, Table
+from gorgo_plugin.signals.columns import FloatArray, Number, Rows, Table
 
 WINDOW = 64  # samples; about a minute of a busy replica, so that a drifting engine is followed
 REFIT_EVERY = 8  # samples between fits, after one for each of the first
@@ -57,9 +57,6 @@ class Sample(NamedTuple):
     own_pairs: float
     ms: float
     at_s: float
-
-
-Number = TypeVar("Number", float, FloatArray)
 
 
 def token_pairs(prompt_tokens: float, uncached_tokens: Number) -> Number:
