@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import functools
 import logging
@@ -23,6 +22,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from gorgo_plugin.envoy_ext_proc import memory
 from gorgo_plugin.envoy_ext_proc.names import SERVICE
 from gorgo_plugin.envoy_ext_proc.processor import Processor
 from gorgo_plugin.errors import GorgoError, NoCandidates, PromptError, SettingsError
@@ -30,7 +30,6 @@ from gorgo_plugin.runtime import Runtime
 from gorgo_plugin.runtime.explain import question
 from gorgo_plugin.settings import EnvoySettings, EnvoyTlsSettings, Settings
 
-GIVE_BACK_S = 60.0  # it takes about a millisecond
 MESSAGE_OVERHEAD_BYTES = 1 << 20  # of a message over the body in it: headers and attributes
 Process = Callable[[Any, Any], Awaitable[None]]
 
@@ -50,6 +49,7 @@ async def serve(
     Raises:
         GorgoError: an address cannot be bound, or a certificate cannot be read.
     """
+    memory.limit_arenas()
     runtime = Runtime(settings, gateway="envoy")
     processor = Processor(runtime)
     stopping = asyncio.Event()
@@ -65,7 +65,7 @@ async def serve(
             reloads = functools.partial(_reload, runtime, read_settings)
             loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, reloads))
             ready({"listen": listening, "status": status_url})
-            tidying = asyncio.create_task(_give_memory_back())
+            tidying = asyncio.create_task(memory.give_back())
             await stopping.wait()
             tidying.cancel()
             for name in (signal.SIGTERM, signal.SIGINT):  # a second one ends it at once
@@ -160,18 +160,6 @@ def _pem(path: str, field: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise SettingsError(f"envoy.tls.{field}: cannot read {path} ({error.strerror})") from None
-
-
-async def _give_memory_back() -> None:
-    """Return what malloc keeps free to the system, now and then.
-
-    Bodies come in all sizes and live for milliseconds: glibc's heap is left with ever more holes, and the process with
-    ever more memory that nothing uses.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    while trim is not None:
-        await asyncio.sleep(GIVE_BACK_S)
-        await asyncio.to_thread(trim, 0)
 
 
 def _reload(runtime: Runtime, read_settings: Callable[[], Settings]) -> None:
