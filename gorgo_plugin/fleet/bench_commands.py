@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -281,10 +282,7 @@ def bench_routing(
     from gorgo_plugin.fleet.bench_routing_report import content, tables
     from gorgo_plugin.fleet.terminal import wide_console
 
-    names = [name.strip() for name in parts.split(",")] if parts else list(PARTS)
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        raise click.BadParameter(f"unknown part '{unknown[0]}'; known: {', '.join(PARTS)}", param_hint="--parts")
+    names = _names(parts, PARTS, "--parts", "part") if parts else list(PARTS)
     plan = quick_plan(trace) if quick else Plan(trace)
     plan = plan if seeds is None else dataclasses.replace(plan, seeds=tuple(range(seeds)))
     console = wide_console()
@@ -300,3 +298,49 @@ def bench_routing(
     figures = out / "bench-routing.json"
     figures.write_bytes(msgspec.json.format(msgspec.json.encode(content(measured, plan)), indent=1))
     console.print(f"Figures: {figures}")
+
+
+@bench.command("tuning")
+@click.option("--kinds", default="recovery,stationary", show_default=True, help="Comma-separated kinds of runs.")
+@click.option("--seeds", default=20, show_default=True, type=click.IntRange(1), help="Workloads of each kind.")
+@click.option("--rate", default=5.0, show_default=True, type=click.FloatRange(0.1), help="Requests a second.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes; without it as many as there are processors.")
+@click.option("--out", default="out/bench-tuning.json", type=click.Path(dir_okay=False, path_type=Path))
+def bench_tuning(kinds: str, seeds: int, rate: float, jobs: int | None, out: Path) -> None:
+    """What tuning the weights online gains from bad ones, and costs where they are right.
+
+    Simulated, each workload with and without it. Takes about 7 minutes on 2 cores.
+    """
+    from dataclasses import asdict
+
+    import msgspec
+    from rich.progress import Progress
+
+    from gorgo_plugin.fleet.bench_tuning import KINDS, means, measure, report
+    from gorgo_plugin.fleet.machine import machine
+    from gorgo_plugin.fleet.terminal import wide_console
+
+    names = _names(kinds, KINDS, "--kinds", "kind")
+    console = wide_console()
+    with Progress(console=console) as progress:
+        task = progress.add_task("workloads", total=len(names) * seeds)
+        found = measure(names, seeds, rate, jobs, lambda: progress.advance(task))
+    for name, outcomes in found.items():
+        console.print("\n".join(report(name, outcomes)), highlight=False)
+    figures = {
+        "machine": machine(),
+        "rate_per_s": rate,
+        "means": {name: {what: asdict(mean) for what, mean in means(one).items()} for name, one in found.items()},
+        "outcomes": {name: list(map(asdict, outcomes)) for name, outcomes in found.items()},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    console.print(f"Figures: {out}")
+
+
+def _names(given: str, known: Collection[str], option: str, what: str) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"unknown {what} '{name}'; known: {', '.join(known)}", param_hint=option)
+    return names

@@ -1,6 +1,4 @@
-"""What online tuning of the weights gains and costs, simulated.
-
-`python -m gorgo_plugin.fleet.bench_tuning` prints the figures.
+"""What online tuning of the weights gains and costs, simulated: `gorgo bench tuning`.
 
 Every seed is a workload of its own, served with tuning and without: from weights that are far off, and from the
 default ones, where there is little to find and exploring can only cost.
@@ -15,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import click
 import numpy as np
 
 from gorgo_plugin.fleet import simulator
@@ -61,6 +58,9 @@ def stationary(seed: int, requests: int = 3000, rate_per_s: float = 5.0, **tunin
     return _against_default(seed, requests, rate_per_s, None, tuning, 0)
 
 
+KINDS: Mapping[str, Callable[..., Outcome]] = {"recovery": recovery, "stationary": stationary}
+
+
 def _against_default(
     seed: int, requests: int, rate_per_s: float, start: Any, tuning: Mapping[str, Any], judged_from: int
 ) -> Outcome:
@@ -95,21 +95,29 @@ def mean_ratio(ratios: Sequence[float], seed: int = 0) -> Ratio:
     return Ratio(float(np.exp(logs.mean())), float(low), float(high))
 
 
-@click.command()
-@click.option("--kind", type=click.Choice(["recovery", "stationary", "both"]), default="both", show_default=True)
-@click.option("--seeds", default=20, show_default=True, help="Workloads of each kind.")
-@click.option("--rate", default=5.0, show_default=True, help="Requests a second.")
-@click.option("--processes", default=os.cpu_count() or 1, show_default="all cores")
-def main(kind: str, seeds: int, rate: float, processes: int) -> None:
-    """Recovery from bad weights, and what exploring costs where the weights are right."""
-    with ProcessPoolExecutor(processes) as pool:
-        for name, one in {"recovery": recovery, "stationary": stationary}.items():
-            if kind not in (name, "both"):
-                continue
-            task: Callable[[int], Outcome] = partial(one, rate_per_s=rate)
-            outcomes = list(pool.map(task, range(seeds)))
-            for line in report(name, outcomes):
-                click.echo(line)
+def measure(
+    kinds: Sequence[str], seeds: int, rate_per_s: float, jobs: int | None, done: Callable[[], None]
+) -> dict[str, list[Outcome]]:
+    """The outcomes of every seed, by kind (of `KINDS`); `done` is called after each."""
+    found = {}
+    with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+        for kind in kinds:
+            outcomes = []
+            for outcome in pool.map(partial(KINDS[kind], rate_per_s=rate_per_s), range(seeds)):
+                outcomes.append(outcome)
+                done()
+            found[kind] = outcomes
+    return found
+
+
+def means(outcomes: Sequence[Outcome]) -> dict[str, Ratio]:
+    """The mean over the seeds of each ratio."""
+    return {
+        "TTFT p95": mean_ratio([one.ttft_p95 for one in outcomes]),
+        "E2E p95": mean_ratio([one.e2e_p95 for one in outcomes]),
+        "E2E p95 over where it began": mean_ratio([one.guarded for one in outcomes]),
+        "TTFT p95 left alone": mean_ratio([one.untuned for one in outcomes]),
+    }
 
 
 def report(name: str, outcomes: Sequence[Outcome]) -> list[str]:
@@ -122,16 +130,6 @@ def report(name: str, outcomes: Sequence[Outcome]) -> list[str]:
             f"  seed {one.seed:2}: TTFT p95 {one.ttft_p95:.3f} (left alone {one.untuned:.2f}), "
             f"E2E p95 {one.e2e_p95:.3f} (over where it began {one.guarded:.2f}); {weights}; {endings}"
         )
-    for what, ratios in (
-        ("TTFT p95", [one.ttft_p95 for one in outcomes]),
-        ("E2E p95", [one.e2e_p95 for one in outcomes]),
-        ("E2E p95 over where it began", [one.guarded for one in outcomes]),
-        ("TTFT p95 left alone", [one.untuned for one in outcomes]),
-    ):
-        mean = mean_ratio(ratios)
+    for what, mean in means(outcomes).items():
         lines.append(f"  {what}: {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] over {len(outcomes)} seeds")
     return lines
-
-
-if __name__ == "__main__":
-    main()

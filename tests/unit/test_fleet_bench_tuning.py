@@ -1,7 +1,14 @@
 from __future__ import annotations
 
-import pytest
+import json
+from functools import partial
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from gorgo_plugin.cli import main
+from gorgo_plugin.fleet import bench_tuning
 from gorgo_plugin.fleet.bench_tuning import Outcome, mean_ratio, report, stationary
 
 
@@ -25,3 +32,20 @@ def test_the_report_has_a_line_a_seed_and_the_means() -> None:
     assert mean.value == pytest.approx(1.0)
     assert mean.low == pytest.approx(0.5)
     assert mean.high == pytest.approx(2.0)
+
+
+def test_the_command_prints_the_report_and_keeps_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_tuning, "KINDS", {"short": partial(stationary, requests=20)})
+    out = tmp_path / "deep" / "figures.json"
+    done = CliRunner().invoke(main, ["bench", "tuning", "--kinds", "short", "--seeds", "2", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "TTFT p95: 1.000 [1.000, 1.000] over 2 seeds" in done.output
+    figures = json.loads(out.read_text())
+    assert [outcome["seed"] for outcome in figures["outcomes"]["short"]] == [0, 1]
+    assert figures["means"]["short"]["E2E p95"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_an_unknown_kind_is_named() -> None:
+    done = CliRunner().invoke(main, ["bench", "tuning", "--kinds", "recovery,stationery"])
+    assert done.exit_code == 2
+    assert "unknown kind 'stationery'; known: recovery, stationary" in done.output
