@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-GIVE_BACK_S = 60.0  # it takes about a millisecond
+GIVE_BACK_S = 10.0  # it takes 1 to 2 ms, in which other threads may have to wait for memory
 ARENAS = 2  # heaps; by default each thread gets one, up to eight for each core, and all have holes
 _M_ARENA_MAX = -8  # mallopt(3)
 
