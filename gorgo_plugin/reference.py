@@ -175,6 +175,8 @@ def _default_text(field: FieldInfo) -> str:
         return "see below"
     if default is None or default in ([], {}):
         return "none"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
     return f"`{default:,}`".replace(",", "_") if isinstance(default, int | float) else f"`{default}`"
 
 

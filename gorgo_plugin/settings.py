@@ -44,9 +44,17 @@ def _zmq_endpoint(endpoint: str) -> str:
     return endpoint
 
 
+def _url_path(path: str) -> str:
+    """Begins with a slash, which is added where it was left out."""
+    if not path:
+        raise ValueError("expected a path such as /health, or null")
+    return path if path.startswith("/") else f"/{path}"
+
+
 ZmqEndpoint = Annotated[str, AfterValidator(_zmq_endpoint)]
 TcpAddress = Annotated[str, AfterValidator(_tcp_address)]
 Address = Annotated[str, AfterValidator(_address)]
+UrlPath = Annotated[str, AfterValidator(_url_path)]
 PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -88,7 +96,8 @@ class ReplicaSettings(_Schema):
     models: list[str] | None = None
     """Models served here; none given: every model."""
     kv_events: KvEventsSettings | None = None
-    """Where the engine tells which blocks it caches; none given: they are estimated."""
+    """Where the engine tells which blocks it caches, which needs the model's own `tokenizer`; none given: they are
+    estimated."""
 
     @field_validator("url")
     @classmethod
@@ -126,7 +135,7 @@ class WeightSettings(_Schema):
 class ProbeSettings(_Schema):
     """How the round trip to each replica is measured, off the request path."""
 
-    path: str | None = None
+    path: UrlPath | None = None
     """HTTP path to GET over a kept connection (one round trip plus the handler); none given: TCP connect."""
     interval_s: PositiveSeconds = 2.0
     """Seconds between probes of one replica; a probe is one packet pair, so this is cheap."""
@@ -152,7 +161,7 @@ class RateSettings(_Schema):
 class MetricsSettings(_Schema):
     """How the engines' own gauges are read, for the baselines that need them, for restarts and for status."""
 
-    path: str | None = "/metrics"
+    path: UrlPath | None = "/metrics"
     """Path of the engine's Prometheus page; null: engines are not scraped."""
     interval_s: PositiveSeconds | None = None
     """Seconds between scrapes; none given: 1 where the policy reads gauges (the papers' rate), else 10."""
@@ -301,7 +310,7 @@ class EnvoySettings(_Schema):
     """Where the generated Envoy listens for clients."""
     admin_listen: TcpAddress | None = "127.0.0.1:9901"
     """Where the generated Envoy serves its admin page; null: nowhere."""
-    health_path: str | None = "/health"
+    health_path: UrlPath | None = "/health"
     """What the generated Envoy asks replicas to see whether they are well; null: nothing."""
     health_interval_s: PositiveSeconds = 2.0
     """Seconds between those questions; two unanswered ones take a replica out."""

@@ -75,9 +75,10 @@ def _read(path: Path) -> Settings:
 
     from gorgo_plugin.errors import SettingsError
     from gorgo_plugin.settings import Settings
+    from gorgo_plugin.unique_keys import load_yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):

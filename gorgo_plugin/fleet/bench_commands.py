@@ -305,8 +305,10 @@ def bench_routing(
 @click.option("--seeds", default=20, show_default=True, type=click.IntRange(1), help="Workloads of each kind.")
 @click.option("--rate", default=5.0, show_default=True, type=click.FloatRange(0.1), help="Requests a second.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes; without it as many as there are processors.")
-@click.option("--out", default="out/bench-tuning.json", type=click.Path(dir_okay=False, path_type=Path))
-def bench_tuning(kinds: str, seeds: int, rate: float, jobs: int | None, out: Path) -> None:
+@click.option(
+    "--json", "file", default="out/bench-tuning.json", type=click.Path(dir_okay=False, path_type=Path), help="Figures."
+)
+def bench_tuning(kinds: str, seeds: int, rate: float, jobs: int | None, file: Path) -> None:
     """What tuning the weights online gains from bad ones, and costs where they are right.
 
     Simulated, each workload with and without it. Takes about 7 minutes on 2 cores.
@@ -333,9 +335,9 @@ def bench_tuning(kinds: str, seeds: int, rate: float, jobs: int | None, out: Pat
         "means": {name: {what: asdict(mean) for what, mean in means(one).items()} for name, one in found.items()},
         "outcomes": {name: list(map(asdict, outcomes)) for name, outcomes in found.items()},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
-    console.print(f"Figures: {out}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    console.print(f"Figures: {file}")
 
 
 def _names(given: str, known: Collection[str], option: str, what: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from gorgo_plugin.errors import SettingsError
 from gorgo_plugin.settings import KvEventsSettings, Name, ReplicaSettings, describe
 
 Deployment = Mapping[str, Any]
+LIKE_GORGO = 0.8  # `gorg` and `Gorgo` are (difflib's ratio); LiteLLM keeps whatever else users note in `model_info`
 
 
 class DeploymentSettings(BaseModel):
@@ -27,7 +29,8 @@ class DeploymentSettings(BaseModel):
     kv_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens the replica's KV cache holds; not given: what the engine's metrics say."""
     kv_events: KvEventsSettings | None = None
-    """Where the engine tells which blocks it caches; none given: they are estimated."""
+    """Where the engine tells which blocks it caches, which needs the model's own `tokenizer`; none given: they are
+    estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,12 @@ class _Draft:
 
 
 def _own_settings(deployment: Deployment, where: str) -> DeploymentSettings:
-    own = (deployment.get("model_info") or {}).get("gorgo")
+    info = deployment.get("model_info") or {}
+    if "gorgo" in (deployment.get("litellm_params") or {}):
+        raise SettingsError(f"{where}.litellm_params.gorgo: belongs under model_info")
+    if misspelt := difflib.get_close_matches("gorgo", [str(key) for key in info if key != "gorgo"], 1, LIKE_GORGO):
+        raise SettingsError(f"{where}.model_info.{misspelt[0]}: did you mean 'gorgo'?")
+    own = info.get("gorgo")
     if own is None:
         return DeploymentSettings()
     prefix = f"{where}.model_info.gorgo"

@@ -24,6 +24,7 @@ from gorgo_plugin.prompt.endpoints import CHAT
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
 from gorgo_plugin.runtime.background import Background, Job
+from gorgo_plugin.runtime.doubts import doubts
 from gorgo_plugin.runtime.explain import explanation
 from gorgo_plugin.runtime.hub import with_local_tokenizers
 from gorgo_plugin.runtime.kv_events import KvEventJob, KvWatch, check_installed
@@ -73,6 +74,7 @@ class Runtime:
         self._keeper, secret = Keeper(settings), secrets.token_bytes(32)
         build: Callable[[Mapping[str, Any] | None], Router] = functools.partial(_router, usable, secret)
         self.router = _warm(self._keeper.restored(settings, build))
+        _log_doubts(settings)
         self.settings = settings
         self.gateway = gateway
         self.metrics = Metrics(settings)
@@ -177,6 +179,7 @@ class Runtime:
         except SettingsError as error:
             self.refuse(str(error))
             raise
+        _log_doubts(settings)
         if settings.prepare.threads != self.settings.prepare.threads:
             self._threads = None  # they end once the prompts under way are finished
         self.settings, self.settings_error = settings, None
@@ -303,6 +306,11 @@ def longer_than(body: Body, limit_chars: int) -> bool:
             if not texts and value and not isinstance(value[0], int):  # token ids: as many as the list is long
                 stack.extend(value)
     return left < 0
+
+
+def _log_doubts(settings: Settings) -> None:
+    for doubt in doubts(settings):
+        _log.warning("gorgo: %s", doubt)
 
 
 def _texts(messages: Sequence[Any]) -> list[str]:

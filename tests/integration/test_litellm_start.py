@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,16 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         "model_list.1 (m).model_info.gorgo.regoin: unknown setting (did you mean 'region'?)",
     ),
     "wrong kv_tokens": (fleet(kv_tokens="many"), {}, "model_list.1 (m).model_info.gorgo.kv_tokens: input should be"),
+    "misspelt gorgo": (
+        [{**deployment("m", NEAR), "model_info": {"id": "1", "gorg": {"region": "x"}}}],
+        {},
+        "model_list.0 (m).model_info.gorg: did you mean 'gorgo'?",
+    ),
+    "gorgo at the wrong place": (
+        [{**deployment("m", NEAR), "litellm_params": {"model": "hosted_vllm/m", "api_base": NEAR, "gorgo": {}}}],
+        {},
+        "model_list.0 (m).litellm_params.gorgo: belongs under model_info",
+    ),
     "two replicas of one name": (
         [deployment("m", NEAR), deployment("m", NEAR)],
         {},
@@ -136,7 +147,7 @@ def test_a_configuration_of_the_repository_is_accepted_as_it_stands(router_class
     from gorgo_plugin.litellm_strategy.plugin import plugin
 
     config = yaml.safe_load(path.read_text())
-    assert config["litellm_settings"]["callbacks"] == [CALLBACK]
+    assert CALLBACK in config["litellm_settings"]["callbacks"]
     router = router_class(model_list=config["model_list"], **config["router_settings"])
     [share] = plugin().adapter(router).shares
     assert share.models == {"m"}
@@ -151,6 +162,19 @@ def test_the_first_configuration_of_the_repository_starts_a_proxy_as_it_stands(t
         status = proxy.status()
     assert status["active"] is True
     assert list(status["replicas"]) == ["us-east-1a", "eu-west-1a", "ap-south-1a"]
+
+
+def test_with_litellms_own_callback_its_metrics_page_has_gorgos(tmp_path: Path) -> None:
+    with StubEngine("near") as near:
+        config = proxy_config([deployment("m", near.url)])
+        config["litellm_settings"]["callbacks"] = ["prometheus", CALLBACK]
+        with running(config, tmp_path) as proxy:
+            answer = proxy.post("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "hi"}]})
+            assert answer.status_code == 200
+            page = proxy.client.get("/metrics", follow_redirects=True)
+    assert page.status_code == 200
+    assert re.search(r'^gorgo_active\{policy="gorgo",worker="\d+"\} 1.0$', page.text, re.MULTILINE)
+    assert "gorgo_decisions_total{" in page.text
 
 
 BROKEN_CALLBACK = """

@@ -37,7 +37,7 @@ def test_the_report_has_a_line_a_seed_and_the_means() -> None:
 def test_the_command_prints_the_report_and_keeps_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_tuning, "KINDS", {"short": partial(stationary, requests=20)})
     out = tmp_path / "deep" / "figures.json"
-    done = CliRunner().invoke(main, ["bench", "tuning", "--kinds", "short", "--seeds", "2", "--out", str(out)])
+    done = CliRunner().invoke(main, ["bench", "tuning", "--kinds", "short", "--seeds", "2", "--json", str(out)])
     assert done.exit_code == 0, done.output
     assert "TTFT p95: 1.000 [1.000, 1.000] over 2 seeds" in done.output
     figures = json.loads(out.read_text())

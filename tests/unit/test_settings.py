@@ -27,6 +27,7 @@ REPLICA = {"name": "a", "url": "http://10.0.0.1:8000"}
             "replicas.0.url: expected http://host:port or https://host:port",
         ),
         ({"replicas": [{"name": "a", "url": "http://a:port"}]}, "replicas.0.url: expected a port from 0 to 65535"),
+        ({"envoy": {"health_path": ""}}, "envoy.health_path: expected a path such as /health, or null"),
         ({"replicas": [REPLICA, REPLICA]}, "replicas: two replicas are named 'a'; names must be unique"),
         ({"block_tokens": "16"}, "block_tokens: input should be a valid integer (got '16')"),
         ({"weights": {"rtt": -1}}, "weights.rtt: input should be greater than or equal to 0 (got -1)"),
@@ -81,3 +82,8 @@ def test_kv_events_without_pyzmq_are_refused_in_one_sentence_that_names_the_extr
 def test_an_endpoint_of_kv_events_is_checked(endpoint: str) -> None:
     with pytest.raises(SettingsError, match=r"replicas\.0\.kv_events\.endpoint: expected"):
         Settings.model_validate({"replicas": [{**REPLICA, "kv_events": {"endpoint": endpoint}}]})
+
+
+def test_a_path_gets_the_slash_that_was_left_out() -> None:
+    settings = Settings.model_validate({"envoy": {"health_path": "health"}, "probe": {"path": "/ready"}})
+    assert (settings.envoy.health_path, settings.probe.path) == ("/health", "/ready")
