@@ -47,7 +47,10 @@ FAILURE_KINDS = FAULTS | {"disconnect", "invalid"}
 LATE_USAGE_S = 30.0  # usage may follow the release: from a log event, or a last chunk after the stream closed
 MAX_RECENT_FLIGHTS = 4096
 MAX_REQUESTS = 65_536  # requests whose tried replicas are remembered; an entry is some hundred bytes
-MAX_MODELS = 64  # models with an index; names come from configuration, this only bounds a mistake
+MAX_MODELS = 64  # models with an index; where clients may ask for any name, this bounds what they can make
+# More tokens than an engine counts for a prompt, and for an answer: a larger number is a fault of the engine's.
+MOST_PROMPT_TOKENS = 2**24
+MOST_OUTPUT_TOKENS = 2**20
 SWEEP_EVERY_S = 5.0
 CONTINUES_FROM = 0.5  # share of a prompt that was seen before; what conversations merely share is mostly less
 
@@ -194,7 +197,9 @@ class Router:
         prompt = Prompt(tokens, flight.model, cache_key=flight.cache_key, exact=exact)
         hashes = model.hashes(prompt)
         with self._lock:
-            if self._flights.get(flight_id) is flight and flight.awaits_tokens:  # not ended meanwhile
+            if self._flights.get(flight_id) is not flight or self._replicas.name(flight.slot) is None:
+                return  # ended meanwhile, or its replica was taken away
+            if flight.awaits_tokens:
                 flight.hashes, flight.own_tokens, flight.exact = hashes, len(prompt), exact
                 flight.rest = model.rest(prompt)
                 flight.credit, cached_tokens = model.recredit(flight.slot, flight.credit, prompt, hashes)
@@ -235,14 +240,16 @@ class Router:
             if flight is None or flight.usage_seen:
                 self._count_if_unknown(flight_id)
                 return
-            if not prompt_tokens or prompt_tokens < 0:
+            if not prompt_tokens or not 0 < prompt_tokens <= MOST_PROMPT_TOKENS:
                 return  # engines and gateways report 0 when they do not know
             flight.usage_seen = True
+            if self._replicas.name(flight.slot) is None:
+                return  # taken away while the request ran
             model = self._model(flight.model)
             if not flight.exact and not flight.awaits_tokens:
                 model.learn_scale(flight.own_tokens, prompt_tokens)
             scale = 1.0 if flight.exact else prompt_tokens / max(flight.own_tokens, 1)
-            if output_tokens is not None and output_tokens > 0:
+            if output_tokens is not None and 0 < output_tokens <= MOST_OUTPUT_TOKENS:
                 flight.output_tokens, flight.generated_tokens = output_tokens / scale, output_tokens
                 if under_way is None:
                     self._note_answer(flight, model)
@@ -419,7 +426,8 @@ class Router:
             model = self._models.get(name)
             if model is None:
                 if len(self._models) >= MAX_MODELS:
-                    self._replicas.drop_table(self._models.popitem(last=False)[1])
+                    unserved = (known for known, model in self._models.items() if not model.rates.known)
+                    self._replicas.drop_table(self._models.pop(next(unserved, next(iter(self._models)))))
                 model = ModelState(self._block_tokens(name), self._secret, self.settings.rates)
                 self._replicas.add_table(model)
                 self.engine_caches.size(model)

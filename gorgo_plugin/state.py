@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,12 @@ class State:
         }
 
     def restore(self, state: Mapping[str, Any], now: float) -> None:
-        """Take over round trips, rates and token scales of a `Router.snapshot()`."""
+        """Take over round trips, rates and token scales of a `Router.snapshot()`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        _check(state)
         for name, known in state.get("models", {}).items():
             self.model(name).restore_scale(float(known["token_scale"]))
         for name, known in state.get("replicas", {}).items():
@@ -86,3 +92,20 @@ class State:
                 for name, model in self.models.items()
             },
         }
+
+
+_ABOVE_0 = ("ms_per_token", "token_scale")
+_AT_LEAST_0 = ("rtt_ms", "spread_ms", "age_s", "overhead_ms", "tokens_per_pair", "itl_ms", "itl_per_request_ms")
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a number that would spoil every price."""
+    models = state.get("models", {}).values()
+    replicas = state.get("replicas", {}).values()
+    rates = [known for replica in replicas for known in replica["models"].values()]
+    for known in (*models, *(replica["latency"] for replica in replicas), *rates):
+        for name, value in known.items():
+            if value is None or name not in (*_ABOVE_0, *_AT_LEAST_0):
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in _ABOVE_0):
+                raise ValueError(f"{name}: {value}")

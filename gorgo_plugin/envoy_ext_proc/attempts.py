@@ -8,6 +8,7 @@ from gorgo_plugin.runtime import Runtime
 from gorgo_plugin.runtime.attempts import Attempt
 from gorgo_plugin.runtime.outcomes import kind_of_status
 
+_CLIENTS_FAULT = frozenset({401, 403, 404})  # clients bring their own keys and model names here
 _UPSTREAM = "via_upstream"  # Envoy's word for an answer that came from a replica
 
 
@@ -69,6 +70,8 @@ class EnvoyAttempt(Attempt):
 def failure_kind(served: Served) -> str:
     """The kind of failure, as `Router.fail` takes it, of an answer with an error's status."""
     if served.details in ("", _UPSTREAM):
+        if served.status in _CLIENTS_FAULT:
+            return "invalid"
         return kind_of_status(served.status)
     if "no_healthy_upstream" in served.details or "connection_failure" in served.details:
         return "unreached"

@@ -29,6 +29,9 @@ def ext_proc(config: Path) -> None:
     import asyncio
     import json
     import logging
+    import signal
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read anew
 
     import uvloop
 

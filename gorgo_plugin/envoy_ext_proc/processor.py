@@ -208,6 +208,8 @@ class _Routing:
         finally:
             if self._asking is not None:
                 self._asking.cancel()
+            if self._asked is not None:
+                await asyncio.wait([self._asked])  # gRPC takes one message at a time
 
     def _waiting(self) -> None:
         if self._asking is None:

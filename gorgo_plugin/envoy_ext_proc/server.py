@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,11 @@ async def serve(
         GorgoError: an address cannot be bound, or a certificate cannot be read.
     """
     memory.limit_arenas()
+    loop, again = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, again.set)  # while tokenizers load; by default it would end the process
     runtime = Runtime(settings, gateway="envoy")
     processor = Processor(runtime)
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
     try:
@@ -62,8 +64,10 @@ async def serve(
             grpc_service(settings.envoy, processor.process, reads=None) as (server, checks, listening),
         ):
             runtime.ensure_started()
-            reloads = functools.partial(_reload, runtime, read_settings)
+            reloads = functools.partial(_reload, threading.Lock(), runtime, read_settings)
             loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, reloads))
+            if again.is_set():
+                loop.run_in_executor(None, reloads)
             ready({"listen": listening, "status": status_url})
             tidying = asyncio.create_task(memory.give_back())
             await stopping.wait()
@@ -162,18 +166,22 @@ def _pem(path: str, field: str) -> bytes:
         raise SettingsError(f"envoy.tls.{field}: cannot read {path} ({error.strerror})") from None
 
 
-def _reload(runtime: Runtime, read_settings: Callable[[], Settings]) -> None:
-    """Put the settings of the file into force; where the service listens is decided at its start."""
-    try:
-        settings = read_settings()
-    except SettingsError as error:
-        runtime.refuse(str(error))
-        return
-    with contextlib.suppress(SettingsError):  # logged, counted and shown by the runtime
-        runtime.reload(settings)
-        runtime.set_active(settings.mode != "off", f"mode is {settings.mode}")
-        runtime.ensure_started()
-        _log.info("gorgo: settings reloaded")
+def _reload(lock: threading.Lock, runtime: Runtime, read_settings: Callable[[], Settings]) -> None:
+    """Put the settings of the file into force; where the service listens is decided at its start.
+
+    One reload at a time: the last signal's is the last to be read.
+    """
+    with lock:
+        try:
+            settings = read_settings()
+        except SettingsError as error:
+            runtime.refuse(str(error))
+            return
+        with contextlib.suppress(SettingsError):  # logged, counted and shown by the runtime
+            runtime.reload(settings)
+            runtime.set_active(settings.mode != "off", f"mode is {settings.mode}")
+            runtime.ensure_started()
+            _log.info("gorgo: settings reloaded")
 
 
 # The status page

@@ -105,6 +105,11 @@ class Request:
         if self._dropped is not None and self.attempt is not None and self.attempt.closed is None:
             self._dropped(self.attempt)
 
+    @property
+    def answered(self) -> bool:
+        """Whether its current attempt was answered to the end."""
+        return self.attempt is not None and self.attempt.closed == "finished"
+
     def fail(self, kind: str) -> None:
         """The current attempt has failed; there may be another."""
         if self.attempt is not None:
@@ -155,7 +160,8 @@ class Ledger:
         else:
             trace_id = kwargs.get("litellm_trace_id")
             known = self._current.get()
-            same = known is not None and trace_id is not None and known.trace_id == trace_id
+            # A caller may give one trace id to a whole conversation: what was answered is not tried again.
+            same = known is not None and trace_id is not None and known.trace_id == trace_id and not known.answered
             request = known if known is not None and same else Request(trace_id, self._drop)
             request.call_id = request.logging_key = None  # the SDK makes a new logging object for every attempt
         request.fail("rejected")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from gorgo_plugin.prefix.blocks import HASH_BYTES
 from gorgo_plugin.prefix.index import Credit, Node, PrefixIndex, common_blocks, upwards
 
+_Kind = tuple[int, int, bytes]  # bit, tokens of the tail, their hash
+
 
 class Answer(Node):
     """The blocks of an answer, which follow a prompt's in the cache but whose tokens this side never sees.
@@ -29,6 +31,11 @@ class Answer(Node):
         self.tail_tokens = tail_tokens
 
     @property
+    def kind(self) -> _Kind:
+        """What tells it from other answers to the same blocks."""
+        return self.bit, self.tail_tokens, self.tail
+
+    @property
     def blocks(self) -> int:
         """Blocks of it that are left."""
         return len(self.edge) // HASH_BYTES
@@ -39,7 +46,8 @@ class AnswerIndex(PrefixIndex):
 
     def __init__(self) -> None:
         super().__init__()
-        self._answers: dict[tuple[int, bytes], list[Answer]] = {}  # (blocks, last hash) of a prompt -> its answers
+        # (blocks, last hash) of a prompt -> the newest of its equal answers. A prompt sampled a thousand times has one.
+        self._answers: dict[tuple[int, bytes], dict[_Kind, Answer]] = {}
 
     @property
     def has_answers(self) -> bool:
@@ -61,6 +69,7 @@ class AnswerIndex(PrefixIndex):
             tail: hash of the prompt's tokens behind its last full block, `tail_tokens` of them.
         """
         leaf, bit = credit.leaf, credit.bit
+        blocks = min(blocks, self.capacity(credit.replica))
         if blocks < 1 or not self._stands(credit) or not leaf.mask >> bit & 1:
             return
         if credit.blocks == 0 or sum(len(node.edge) for node in upwards(leaf)) != credit.blocks * HASH_BYTES:
@@ -72,7 +81,9 @@ class AnswerIndex(PrefixIndex):
         leaf.children[first] = answer
         self._hold(answer, bit)
         answer.used[bit] = leaf.used[bit]
-        self._answers.setdefault(answer.key, []).append(answer)
+        alike = self._answers.setdefault(answer.key, {})
+        alike.pop(answer.kind, None)  # the last one is the newest
+        alike[answer.kind] = answer
         self._queue_if_leaf(answer, bit)
         self._evict_to_capacity(credit.replica)
 
@@ -92,12 +103,15 @@ class AnswerIndex(PrefixIndex):
             ends_here, further, end = mask ^ further, mask, depth * HASH_BYTES
             if end == len(hashes):
                 continue  # it ends there: the same prompt again
-            for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), ()):
+            tails: dict[int, bytes] = {}
+            for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), {}).values():
+                if answer.tail_tokens not in tails:
+                    tails[answer.tail_tokens] = tail(depth, answer.tail_tokens)
                 replica = self._owner.get(answer.bit)
                 if (
                     replica is not None
                     and ends_here >> answer.bit & 1
-                    and tail(depth, answer.tail_tokens) == answer.tail
+                    and tails[answer.tail_tokens] == answer.tail
                     and _leads_to(answer.parent, hashes[:end])
                 ):
                     found[replica] = answer
@@ -130,10 +144,11 @@ class AnswerIndex(PrefixIndex):
     def _gone(self, node: Node) -> None:
         if not isinstance(node, Answer):
             return
-        siblings = self._answers[node.key]
-        siblings.remove(node)
-        if not siblings:
-            del self._answers[node.key]
+        alike = self._answers.get(node.key, {})
+        if alike.get(node.kind) is node:
+            del alike[node.kind]
+            if not alike:
+                del self._answers[node.key]
 
 
 def _leads_to(node: Node | None, hashes: bytes) -> bool:

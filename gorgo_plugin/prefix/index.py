@@ -104,8 +104,8 @@ class PrefixIndex:
         self._evict_to_capacity(replica)
 
     def capacity(self, replica: int) -> int:
-        """Blocks `replica` is believed to have room for."""
-        return self._capacity[replica]
+        """Blocks `replica` is believed to have room for; 0 where it is not known."""
+        return self._capacity.get(replica, 0)
 
     def held_blocks(self, replica: int) -> int:
         """Blocks `replica` is believed to hold."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gorgo_plugin.router import MOST_PROMPT_TOKENS
+
 _INVALID = frozenset({400, 413, 422})  # the request's own fault; the replica is well
 _TIMEOUT = frozenset({408, 504})
 
@@ -62,4 +64,6 @@ def field(holder: Any, name: str) -> Any:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value <= MOST_PROMPT_TOKENS else None

@@ -41,7 +41,7 @@ class Keeper:
             return build(state)
         except GorgoError:
             raise
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             self._file.set_aside(f"its content is not as expected ({type(error).__name__}: {error!s:.80})")
             return build(None)
 
@@ -66,7 +66,7 @@ class Keeper:
                 return
             try:
                 self._file.write(router)
-            except (OSError, ValueError) as error:
+            except (ArithmeticError, OSError, ValueError) as error:
                 if self.error is None:
                     _log.warning("gorgo: state.path: %s cannot be written (%s)", self._file.path, error)
                 self.error = str(error)

@@ -44,9 +44,9 @@ class HealthTable:
     def failed(self, slot: int, dispatched_s: float, now_s: float) -> None:
         """An attempt failed. Attempts under way when the last failure was seen count with that one."""
         row = self._rows[slot]
-        row.trial = None
         if row.failures and dispatched_s <= row.failed_at_s:
             return
+        row.trial = None
         row.failures += 1
         pause = self.settings.backoff_s * 2.0 ** min(row.failures - 1, 30)
         row.closed_until_s = now_s + min(pause, self.settings.backoff_max_s)

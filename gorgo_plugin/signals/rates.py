@@ -101,6 +101,11 @@ class RateTable(Table):
         if number < FIRST_FITS or (number % REFIT_EVERY == 0 and not self._fitted_lately(slot, sample.at_s)):
             self._fit(slot, sample.at_s)
 
+    @property
+    def known(self) -> bool:
+        """Whether a replica has given a sample."""
+        return any(self._columns.cells["samples"])
+
     def refit_old(self, now_s: float) -> None:
         """Fit again what was last fitted a while ago, as its evidence has aged since."""
         for slot, due_s in enumerate(self._columns.cells["next_fit_s"]):
