@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -426,3 +427,21 @@ def test_a_mistake_in_the_file_is_one_sentence_that_names_it(
     assert outcome.output.startswith(f"Error: {tmp_path}/gorgo.yaml: ")
     assert sentence in outcome.output
     assert outcome.output.count("\n") == 1
+
+
+def test_a_reload_asked_for_while_the_service_starts_does_not_end_it(tmp_path: Path) -> None:
+    fifo = tmp_path / "gorgo.yaml"
+    os.mkfifo(fifo)
+    listening = {"listen": f"unix:{tmp_path}/s", "status_listen": "127.0.0.1:0", "drain_s": 0}
+    text = yaml.safe_dump({"replicas": [{"name": "a", "url": "http://127.0.0.1:1"}], "envoy": listening})
+    command = [sys.executable, "-m", "gorgo_plugin.cli", "ext-proc", "--config", str(fifo)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
+        try:
+            with fifo.open("w") as file:  # opens once the service does
+                service.send_signal(signal.SIGHUP)
+                file.write(text)
+            assert service.stdout is not None
+            assert "listen" in json.loads(service.stdout.readline())
+        finally:
+            service.terminate()
+        assert service.wait(30) == 0

@@ -214,8 +214,20 @@ async def test_two_failures_in_a_row_make_a_replica_unhealthy_and_its_return_mea
         async with serving(answer, port):
             await seen.until(lambda: ("health", True) in seen.events)
     told = [event for event in seen.events if event[0] != "failed"]
-    assert told == [("health", False), ("forget", "r"), ("health", True)]
+    assert list(dict.fromkeys(told)) == [("health", False), ("forget", "r"), ("health", True)]
     assert job.watch.last_error is None
+
+
+async def test_every_further_failure_closes_the_replica_anew_as_a_late_answer_may_have_opened_it() -> None:
+    seen = Seen()
+    job = ProbeJob(replica(1), ProbeSettings(), seen, seen.failed)
+
+    async def lost() -> float:
+        raise Unreachable("timeout")
+
+    for _ in range(4):
+        await job.probe(lost)
+    assert seen.events.count(("health", False)) == 3
 
 
 async def test_one_lost_probe_is_no_outage_and_no_restart() -> None:

@@ -51,6 +51,8 @@ def answer(status: int = 200, replica: str | None = "near", attempts: int = 1, d
         (429, "via_upstream", "rejected"),
         (400, "via_upstream", "invalid"),
         (413, "via_upstream", "invalid"),
+        (401, "via_upstream", "invalid"),
+        (404, "via_upstream", "invalid"),
         (504, "via_upstream", "timeout"),
         (503, "no_healthy_upstream", "unreached"),
         (503, "upstream_reset_before_response_started{remote_connection_failure,connection_refused}", "unreached"),

@@ -245,3 +245,18 @@ def test_what_carries_no_logging_object_finds_nothing_outside_a_selection(ledger
     assert ledger.find({}) is None
     assert ledger.find(None) is None
     assert ledger.find({"litellm_logging_obj": SimpleNamespace()}) is None
+
+
+def test_a_trace_id_that_a_caller_gives_to_a_conversation_does_not_join_its_requests(
+    ledger: Ledger, runtime: Runtime
+) -> None:
+    def turns() -> None:
+        request = ledger.begin({"litellm_trace_id": "mine"})
+        attempt(runtime, request).dispatched = True
+        assert ledger.begin({"litellm_trace_id": "mine"}) is request  # it must have failed: this is its retry
+        attempt(runtime, request).dispatched = True
+        request.finish(Usage())
+        assert ledger.begin({"litellm_trace_id": "mine"}) is not request
+
+    contextvars.copy_context().run(turns)
+    assert open_flights(runtime) == 0

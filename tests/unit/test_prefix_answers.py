@@ -124,3 +124,12 @@ def test_a_block_never_held_tells_nothing_of_the_capacity() -> None:
     state = model(blocks=4)
     hashes = state.hasher.hashes(TURN)
     assert state.index.would_keep(state.index.credit(0, hashes)) == 0
+
+
+def test_many_samples_of_one_prompt_count_once_and_the_newest_is_found() -> None:
+    state = model(blocks=40)
+    for _ in range(200):
+        serve(state, 0, TURN)
+    assert sum(map(len, state.index._answers.values())) == 1
+    assert cached(state, NEXT) == [5, 0]
+    assert state.index.held_blocks(0) <= 40

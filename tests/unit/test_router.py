@@ -229,7 +229,7 @@ def test_late_usage_still_corrects_and_a_second_one_is_ignored(router: Router) -
     assert router.explain(prompt(0)).costs["us"].cached_tokens > 0
 
 
-@pytest.mark.parametrize("usage", [(0, 0), (-5, 3), (None, 7), (8000, 9000), (8000, -1)])
+@pytest.mark.parametrize("usage", [(0, 0), (-5, 3), (None, 7), (8000, 9000), (8000, -1), (10**400, 0)])
 def test_usage_that_makes_no_sense_teaches_nothing(router: Router, usage: tuple[int | None, int]) -> None:
     router.finish(router.route(prompt(0), candidates=["us"]).flight_id)
     flight = router.route(prompt(0), candidates=["us"]).flight_id
@@ -357,6 +357,30 @@ def test_a_replica_at_a_new_url_is_a_new_replica(router: Router) -> None:
     assert router.snapshot()["replicas"]["us"]["latency"]["rtt_ms"] is None
 
 
+@pytest.mark.parametrize("change", ["removed", "moved"])
+@pytest.mark.parametrize("late", [False, True])
+def test_usage_of_a_replica_that_was_taken_away_meanwhile_teaches_nothing(
+    router: Router, change: str, late: bool
+) -> None:
+    flight = router.route(prompt(), candidates=["us"]).flight_id
+    left = {"removed": replica("eu"), "moved": replica("us") | {"url": "http://elsewhere:1"}}[change]
+    router.set_replicas([ReplicaSettings.model_validate(left)])
+    if late:
+        router.finish(flight)
+    router.usage(flight, prompt_tokens=8000, cached_tokens=7000, output_tokens=300)
+    router.finish(flight)
+    assert at_rest(router)
+
+
+@pytest.mark.parametrize("output_tokens", [2**31 - 1, 10**12, 10**400])
+def test_an_output_longer_than_any_is_not_believed(router: Router, output_tokens: int) -> None:
+    flight = router.route(prompt(), candidates=["us"]).flight_id
+    router.first_token(flight)
+    router.usage(flight, prompt_tokens=8000, cached_tokens=0, output_tokens=output_tokens)
+    router.finish(flight)
+    assert router.snapshot()["replicas"]["us"]["models"][""]["index_tokens"] == 8000
+
+
 def test_slots_are_used_again_but_not_while_a_flight_is_open(router: Router) -> None:
     for round_ in range(50):
         flight = router.route(prompt()).flight_id
@@ -395,6 +419,17 @@ def test_made_up_model_names_do_not_grow_without_bound(router: Router) -> None:
     for number in range(3 * MAX_MODELS):
         router.finish(router.route(prompt(length=64, model=f"m{number}")).flight_id)
     assert len(router.snapshot()["models"]) == MAX_MODELS
+
+
+def test_made_up_model_names_do_not_push_out_a_model_that_is_served(router: Router, clock: Clock) -> None:
+    for _ in range(8):
+        flight = router.route(prompt(model="real")).flight_id
+        clock.now_s += 1.0
+        router.first_token(flight)
+        router.finish(flight)
+    for number in range(3 * MAX_MODELS):
+        router.fail(router.route(prompt(length=64, model=f"m{number}")).flight_id, "invalid")
+    assert "real" in router.snapshot()["models"]
 
 
 def test_an_empty_prompt_is_routed(router: Router) -> None:
@@ -494,6 +529,15 @@ def test_tokens_that_come_after_the_end_change_nothing(router: Router, end: str)
     router.attach(decision.flight_id, tokens)
     assert at_rest(router)
     assert router.explain(Prompt(tokens)).costs["us"].cached_tokens == 0
+
+
+def test_tokens_of_a_replica_that_was_taken_away_change_nothing(router: Router) -> None:
+    estimate, tokens = long_prompt()
+    flight = router.route(estimate, candidates=["us"]).flight_id
+    router.set_replicas([ReplicaSettings.model_validate(replica("eu"))])
+    router.attach(flight, tokens, exact=True)
+    router.finish(flight)
+    assert at_rest(router)
 
 
 def test_tokens_follow_a_flight_that_was_moved(router: Router) -> None:

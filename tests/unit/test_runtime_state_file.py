@@ -244,3 +244,27 @@ def test_a_reload_moves_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "state-0.json").exists()
     runtime.close()
     assert json.loads((tmp_path / "other" / "state-0.json").read_text())["replicas"]["a"]["latency"]["rtt_ms"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("token_scale", 0), ("token_scale", 1e999), ("ms_per_token", 0), ("ms_per_token", "nan"), ("overhead_ms", -1)],
+)
+def test_a_number_that_would_spoil_every_price_sets_the_file_aside(tmp_path: Path, name: str, value: Any) -> None:
+    path = kept(tmp_path)
+
+    def spoil(known: Any) -> None:
+        if isinstance(known, dict):
+            for key in known:
+                if key == name:
+                    known[key] = value
+                spoil(known[key])
+
+    content = json.loads(path.read_text())
+    spoil(content)
+    path.write_text(json.dumps(content))
+    runtime = Runtime(settings(tmp_path))
+    assert runtime.router.route(Prompt(range(100))).costs["a"].total_ms > 0
+    assert known(runtime.router)[1:] == (None, None) or known(runtime.router)[2] != value
+    runtime.close()
+    assert [found.name for found in tmp_path.iterdir() if "state-0.json" in found.name and found != path]

@@ -107,6 +107,16 @@ def test_after_the_pause_one_trial_decides_and_others_wait_for_it() -> None:
     assert table.unavailable(1.3) == []
 
 
+def test_an_old_request_that_fails_does_not_free_the_trial() -> None:
+    table = health()
+    table.failed(0, dispatched_s=0.0, now_s=1.0)
+    table.dispatched(0, flight_id=7, now_s=2.1)
+    table.failed(0, dispatched_s=0.5, now_s=2.2)  # it was under way when the first one failed
+    assert table.unavailable(2.3) == [0]
+    table.failed(0, dispatched_s=2.1, now_s=2.4)  # the trial itself
+    assert table.describe(0, 2.4)["failures_in_a_row"] == 2
+
+
 def test_a_trial_that_ends_without_a_verdict_lets_the_next_request_try() -> None:
     table = health()
     table.failed(0, 0.0, 0.0)
