@@ -266,6 +266,10 @@ class Metrics:
         if len(self._noted) >= NOTED_EVENTS:
             self.flush()
 
+    def names(self, model: str) -> bool:
+        """Whether the settings name a model; one of no name is meant, too."""
+        return model in self._models
+
     def _model(self, model: str) -> str:
         return model if model in self._models else OTHER
 

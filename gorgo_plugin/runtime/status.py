@@ -66,8 +66,8 @@ def readings(runtime: Runtime) -> Iterator[Reading]:
             yield "gorgo_rtt_spread_seconds", labels, latency["spread_ms"] / 1e3
             yield "gorgo_rtt_age_seconds", labels, latency["age_s"]
         for model, learned in replica["models"].items():
-            if not learned["samples"]:
-                continue  # a prior tells nothing, and clients may ask for any name
+            if not learned["samples"] and not runtime.metrics.names(model):
+                continue  # clients may ask for any name
             yield "gorgo_prefill_seconds_per_token", (*labels, model), learned["ms_per_token"] / 1e3
             yield "gorgo_prefill_overhead_seconds", (*labels, model), learned["overhead_ms"] / 1e3
             if learned["itl_samples"]:

@@ -432,9 +432,9 @@ def test_a_mistake_in_the_file_is_one_sentence_that_names_it(
 def test_a_reload_asked_for_while_the_service_starts_does_not_end_it(tmp_path: Path) -> None:
     fifo = tmp_path / "gorgo.yaml"
     os.mkfifo(fifo)
-    listening = {"listen": f"unix:{tmp_path}/s", "status_listen": "127.0.0.1:0", "drain_s": 0}
+    listening = {"listen": "127.0.0.1:0", "status_listen": "127.0.0.1:0", "drain_s": 0}
     text = yaml.safe_dump({"replicas": [{"name": "a", "url": "http://127.0.0.1:1"}], "envoy": listening})
-    command = [sys.executable, "-m", "gorgo_plugin.cli", "ext-proc", "--config", str(fifo)]
+    command = [sys.executable, "-c", SERVE, "ext-proc", "--config", str(fifo)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
         try:
             with fifo.open("w") as file:  # opens once the service does

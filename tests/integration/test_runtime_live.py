@@ -196,7 +196,7 @@ async def test_the_state_in_status_can_be_taken_over_by_another_router(listener:
 
 
 async def test_metrics_show_what_status_shows(listener: int) -> None:
-    async with started(settings(listener)) as runtime:
+    async with started(settings(listener, models={"m": {}})) as runtime:
         decision = runtime.router.route(await runtime.prepare(chat("hello"), CHAT))
         await until(lambda: runtime.status()["replicas"]["a"]["latency"]["rtt_ms"] is not None)
         samples = [
