@@ -76,9 +76,9 @@ def _read(path: Path) -> Settings:
     """
     import yaml
 
+    from gorgo_plugin.envoy_ext_proc.unique_keys import load_yaml
     from gorgo_plugin.errors import SettingsError
     from gorgo_plugin.settings import Settings
-    from gorgo_plugin.unique_keys import load_yaml
 
     try:
         content = load_yaml(path.read_text())

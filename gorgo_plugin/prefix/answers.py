@@ -105,15 +105,12 @@ class AnswerIndex(PrefixIndex):
                 continue  # it ends there: the same prompt again
             tails: dict[int, bytes] = {}
             for answer in self._answers.get((depth, hashes[end - HASH_BYTES : end]), {}).values():
-                if answer.tail_tokens not in tails:
-                    tails[answer.tail_tokens] = tail(depth, answer.tail_tokens)
-                replica = self._owner.get(answer.bit)
-                if (
-                    replica is not None
-                    and ends_here >> answer.bit & 1
-                    and tails[answer.tail_tokens] == answer.tail
-                    and _leads_to(answer.parent, hashes[:end])
-                ):
+                replica, tokens = self._owner.get(answer.bit), answer.tail_tokens
+                if replica is None or not ends_here >> answer.bit & 1:
+                    continue
+                if tokens not in tails:
+                    tails[tokens] = tail(depth, tokens)
+                if tails[tokens] == answer.tail and _leads_to(answer.parent, hashes[:end]):
                     found[replica] = answer
         return found
 

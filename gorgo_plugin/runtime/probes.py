@@ -271,9 +271,8 @@ class ProbeJob:
         self._refused = self._refused or kind == "refused"
         if self.watch.failed_in_a_row == FAILURES_BEFORE_UNHEALTHY:
             _log.warning("gorgo: replica '%s' does not answer probes (%s)", self.replica.name, kind)
-        if (
-            self.watch.failed_in_a_row >= FAILURES_BEFORE_UNHEALTHY
-        ):  # again each time: a late answer counts as a sign of life
+        # Each time anew: an answer that comes late opens the replica.
+        if self.watch.failed_in_a_row >= FAILURES_BEFORE_UNHEALTHY:
             self.router.set_health(self.replica.name, False)
 
     def _succeeded(self, rtt_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from gorgo_plugin.unique_keys import load_yaml
+from gorgo_plugin.envoy_ext_proc.unique_keys import load_yaml
 
 
 def test_plain_yaml_is_read_as_ever() -> None:
