@@ -23,6 +23,10 @@ from gorgo_plugin.envoy_ext_proc.names import PICK_DESTINATIONS, PICK_KEY
 from gorgo_plugin.errors import NoCandidates, PromptError
 from gorgo_plugin.runtime import Runtime
 
+# Envoy ends a stream and resets it at once. To send a status into that, as returning does, fails, and gRPC never frees
+# what a failed operation took, nor one whose awaiter was cancelled (its issue 43360): 80 bytes each, which no trim can
+# get round. So no stream returns before the reset that ends it, if one comes, and reads outlive whoever awaits them.
+RESET_WITHIN_S = 0.05
 # How long an attempt is open to its observing stream when its request is over; the two are milliseconds apart.
 KEPT_S = 0.5
 TIDY_S = 0.1  # one timer for all requests: one each would cost a twentieth of the service's work
@@ -57,21 +61,25 @@ class Processor:
         """One stream, from its first message to its end."""
         self.streams += 1
         try:
-            raw = await context.read()
-            if raw is grpc.aio.EOF:
-                return
-            observed = attempt_of_piece(raw, self._begins, self._id_length)
-            if observed is None:
-                first = messages.read(raw)
-                if first.attempt is None:
-                    await _Routing(self, context).run(first)
-                    return
-            self._watched = True
-            attempt = self._attempts.get(observed or "")
-            if attempt is not None:
-                await _watch(raw, attempt, context)
+            ended = await self._serve(context)
         finally:
             self.streams -= 1
+        if ended:
+            await asyncio.sleep(RESET_WITHIN_S)
+
+    async def _serve(self, context: Context) -> bool:
+        """True when it was Envoy who ended the stream."""
+        raw = await context.read()
+        if raw is grpc.aio.EOF:
+            return True
+        observed = attempt_of_piece(raw, self._begins, self._id_length)
+        if observed is None:
+            first = messages.read(raw)
+            if first.attempt is None:
+                return await _Routing(self, context).run(first)
+        self._watched = True
+        attempt = self._attempts.get(observed or "")
+        return attempt is not None and await _watch(raw, attempt, context)
 
     def remember(self, decision: Decision, prompt: Prompt, head: Head, reads_usage: bool) -> EnvoyAttempt:
         """Open an attempt that the observing stream can find."""
@@ -108,8 +116,8 @@ class Processor:
             _log.error("gorgo: a request was left to Envoy", exc_info=error)
 
 
-async def _watch(raw: bytes, attempt: EnvoyAttempt, context: Context) -> None:
-    """The stream of one answer's pieces, from the message with the first of them."""
+async def _watch(raw: bytes, attempt: EnvoyAttempt, context: Context) -> bool:
+    """The stream of one answer's pieces, from the message with the first of them; true when Envoy ended it."""
     read, endpoint, reads_usage = context.read, attempt.endpoint, attempt.reads_usage
     tail, awaits_token = Tail(endpoint), attempt.streamed and not attempt.began
     while attempt.closed in (None, "finished"):
@@ -119,15 +127,16 @@ async def _watch(raw: bytes, attempt: EnvoyAttempt, context: Context) -> None:
         if reads_usage:
             tail.add(raw)
         elif attempt.began:
-            return
+            return False
         if is_last_piece(raw):
             if reads_usage:
                 attempt.usage(tail.usage())
             attempt.finish()
-            return
+            return False
         raw = await read()
         if raw is grpc.aio.EOF:
-            return
+            return True
+    return False
 
 
 class _Routing:
@@ -142,7 +151,8 @@ class _Routing:
         self._asked: asyncio.Future[None] | None = None
         self._attempt: EnvoyAttempt | None = None
 
-    async def run(self, message: Received) -> None:
+    async def run(self, message: Received) -> bool:
+        """True when Envoy ended the stream."""
         write, read = self._context.write, self._context.read
         try:
             while True:
@@ -150,7 +160,7 @@ class _Routing:
                 if kind == "request_headers":
                     if not isinstance(content, Head) or self._runtime.settings.mode == "off":
                         await write(messages.NOT_OURS)
-                        return
+                        return False
                     self._head = content
                     await write(UNCHANGED[kind])
                 elif isinstance(content, bytes) and self._head is not None and self._attempt is None:
@@ -160,9 +170,9 @@ class _Routing:
                     await write(messages.answer_headers(self._attempt.headers()))
                 elif kind in UNCHANGED:
                     await write(UNCHANGED[kind])
-                raw = await read()
+                raw = await asyncio.shield(read())
                 if raw is grpc.aio.EOF:
-                    return
+                    return True
                 message = messages.read(raw)
         finally:
             if self._attempt is not None:

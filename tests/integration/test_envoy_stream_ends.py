@@ -1,0 +1,145 @@
+"""How the service's streams end: gRPC frees no operation that fails, nor one whose awaiter was cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+
+from gorgo_plugin import Settings
+from gorgo_plugin.envoy_ext_proc.names import SERVICE
+from gorgo_plugin.envoy_ext_proc.processor import Processor
+from gorgo_plugin.envoy_ext_proc.server import grpc_service
+from gorgo_plugin.prompt.endpoints import CHAT
+from gorgo_plugin.runtime import Runtime
+
+SETTINGS = {
+    "replicas": [{"name": "a", "url": "http://127.0.0.1:1"}],
+    "envoy": {"listen": "127.0.0.1:0", "status_listen": None},
+}
+HEADERS = pb.ProcessingRequest(
+    request_headers=pb.HttpHeaders(
+        headers=HeaderMap(
+            headers=[HeaderValue(key=":method", raw_value=b"POST"), HeaderValue(key=":path", raw_value=CHAT.encode())]
+        )
+    )
+).SerializeToString()
+BODY = pb.ProcessingRequest(
+    request_body=pb.HttpBody(
+        body=json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}).encode(), end_of_stream=True
+    )
+).SerializeToString()
+
+
+@dataclass
+class Watched:
+    """A stream's context that tells what became of gRPC's operations on it."""
+
+    context: Any
+    task: asyncio.Task[Any] | None
+    reads: int = 0
+    cut_reads: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def read(self) -> Any:
+        self.reads += 1
+        try:
+            return await self.context.read()
+        except asyncio.CancelledError:
+            self.cut_reads += 1
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.context, name)
+
+
+@dataclass
+class Service:
+    """The service, and the streams it was sent."""
+
+    call: Any
+    processor: Processor
+    streams: list[Watched] = field(default_factory=list)
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    settings = Settings.model_validate(SETTINGS)
+    runtime = Runtime(settings, gateway="envoy")
+    served = Service(None, Processor(runtime))
+
+    async def process(requests: object, context: Any) -> None:
+        stream = Watched(context, asyncio.current_task())
+        served.streams.append(stream)
+        try:
+            await served.processor.process(requests, stream)
+        finally:
+            stream.ended.set()
+
+    try:
+        async with (
+            grpc_service(settings.envoy, process, reads=None) as (_server, _checks, listening),
+            grpc.aio.insecure_channel(listening) as channel,
+        ):
+            served.call = channel.stream_stream(f"/{SERVICE}/Process")
+            yield served
+    finally:
+        await runtime.stop()
+
+
+async def routed(service: Service) -> tuple[Any, Watched]:
+    """A stream whose request was routed and is at its replica now."""
+    call = service.call()
+    for message in (HEADERS, BODY):
+        await call.write(message)
+        assert await call.read() is not grpc.aio.EOF
+    return call, service.streams[-1]
+
+
+async def test_a_stream_that_is_ended_and_reset_is_sent_no_status(service: Service) -> None:
+    for _ in range(20):
+        call, stream = await routed(service)
+        await call.done_writing()
+        await asyncio.sleep(0.001)
+        call.cancel()
+        await asyncio.wait_for(stream.ended.wait(), 5)
+        assert not stream.context.done()  # gRPC's word for having sent one
+        assert stream.cut_reads == 0
+    assert service.processor.streams == 0
+
+
+async def test_a_stream_that_is_ended_only_gets_its_status(service: Service) -> None:
+    call, stream = await routed(service)
+    await call.done_writing()
+    assert await asyncio.wait_for(call.read(), 5) is grpc.aio.EOF
+    assert await call.code() == grpc.StatusCode.OK
+    assert stream.context.done()
+
+
+@pytest.mark.parametrize("sent", [[HEADERS], [HEADERS, BODY]], ids=["before its body", "before its answer"])
+async def test_a_reset_cuts_no_read_and_ends_the_flight(service: Service, sent: list[bytes]) -> None:
+    call = service.call()
+    for message in sent:
+        await call.write(message)
+        assert await call.read() is not grpc.aio.EOF
+    stream = service.streams[-1]
+    async with asyncio.timeout(5):
+        while stream.reads == len(sent):
+            await asyncio.sleep(0.001)
+    assert stream.task is not None
+    stream.task.cancel()  # what gRPC does at a reset, sometimes before the read has its end
+    call.cancel()
+    await asyncio.wait_for(stream.ended.wait(), 5)
+    assert stream.cut_reads == 0
+    assert not stream.context.done()
+    assert service.processor.streams == 0
+    async with asyncio.timeout(5):
+        while sum(service.processor.runtime.status()["flights"].values()):
+            await asyncio.sleep(0.01)
