@@ -25,7 +25,8 @@ from gorgo_plugin.runtime import Runtime
 
 # Envoy ends a stream and resets it at once. To send a status into that, as returning does, fails, and gRPC never frees
 # what a failed operation took, nor one whose awaiter was cancelled (its issue 43360): 80 bytes each, which no trim can
-# get round. So no stream returns before the reset that ends it, if one comes, and reads outlive whoever awaits them.
+# get round. So no stream returns before the reset that ends it, if one comes, and what follows a decision is not
+# cancelled: most streams that are reset are there.
 RESET_WITHIN_S = 0.05
 # How long an attempt is open to its observing stream when its request is over; the two are milliseconds apart.
 KEPT_S = 0.5
@@ -146,37 +147,48 @@ class _Routing:
         self._processor = processor
         self._runtime = processor.runtime
         self._context = context
-        self._head: Head | None = None
         self._asking: asyncio.TimerHandle | None = None
         self._asked: asyncio.Future[None] | None = None
         self._attempt: EnvoyAttempt | None = None
 
     async def run(self, message: Received) -> bool:
-        """True when Envoy ended the stream."""
+        """Up to a decision, and beyond it; true when Envoy ended the stream."""
+        write, head = self._context.write, None
+        while True:
+            kind, content, _ = message
+            if kind == "request_headers":
+                if not isinstance(content, Head) or self._runtime.settings.mode == "off":
+                    await write(messages.NOT_OURS)
+                    return False
+                head = content
+                await write(UNCHANGED[kind])
+            elif isinstance(content, bytes) and head is not None:
+                answer = await self._route(content, head)
+                if self._attempt is not None:
+                    return await asyncio.shield(self._follow(answer, self._attempt))
+                await write(answer)
+            elif kind in UNCHANGED:
+                await write(UNCHANGED[kind])
+            raw = await self._context.read()
+            if raw is grpc.aio.EOF:
+                return True
+            message = messages.read(raw)
+
+    async def _follow(self, answer: bytes, attempt: EnvoyAttempt) -> bool:
+        """The rest of a stream, from the answer with the decision to its end; true when Envoy ended it."""
         write, read = self._context.write, self._context.read
         try:
-            while True:
-                kind, content, _ = message
-                if kind == "request_headers":
-                    if not isinstance(content, Head) or self._runtime.settings.mode == "off":
-                        await write(messages.NOT_OURS)
-                        return False
-                    self._head = content
-                    await write(UNCHANGED[kind])
-                elif isinstance(content, bytes) and self._head is not None and self._attempt is None:
-                    await write(await self._route(content, self._head))
-                elif isinstance(content, Served) and self._attempt is not None:
-                    self._attempt.served(content)
-                    await write(messages.answer_headers(self._attempt.headers()))
+            await write(answer)
+            while (raw := await read()) is not grpc.aio.EOF:
+                kind, content, _ = messages.read(raw)
+                if isinstance(content, Served):
+                    attempt.served(content)
+                    await write(messages.answer_headers(attempt.headers()))
                 elif kind in UNCHANGED:
                     await write(UNCHANGED[kind])
-                raw = await asyncio.shield(read())
-                if raw is grpc.aio.EOF:
-                    return True
-                message = messages.read(raw)
+            return True
         finally:
-            if self._attempt is not None:
-                self._processor.left(self._attempt)
+            self._processor.left(attempt)
 
     async def _route(self, body: bytes, head: Head) -> bytes:
         """The answer to a request's body."""
