@@ -191,15 +191,8 @@ def text_of_piece(raw: bytes) -> bytes:
 
 
 def is_last_piece(raw: bytes) -> bool:
-    """Whether such a message has the last of its answer. They are many, so they are not parsed for it."""
-    if _END not in raw:
-        return False
-    size, start = _varint(raw, 1)
-    end = start + size
-    if raw[start : start + 1] == _BODY:
-        size, start = _varint(raw, start + 1)
-        start += size
-    return raw.startswith(_END, start, end)
+    """Whether such a message has the last of its answer. They are many, so most are not read for it."""
+    return _END in raw and bool(pb.ProcessingRequest.FromString(raw).response_body.end_of_stream)
 
 
 def routed(replica: str, destinations: str, attempt: str, body: bytes | None) -> bytes:

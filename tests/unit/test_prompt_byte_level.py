@@ -47,6 +47,23 @@ def corpus() -> list[str]:
     return texts + ["<|im_start|>user\n" + text + "<|im_end|>\n<tool_call><|im_" for text in texts]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"'s| ?\p{L}+|\s+(?!\S)|\s+", r"(?:'s| ?\p{L}+)|\s+(?!\S)|\s+"),
+        (r"(?i:'s|'t)|[|)]|\||(a|b)|(?<=x)y|z", r"(?:(?i:'s|'t)|[|)]|\||(a|b))|(?<=x)y|z"),
+        (r"[]|]|[^]|]|\)(?=a)|b", r"(?:[]|]|[^]|])|\)(?=a)|b"),
+        (r"a|(b(?!c))|d", r"a|(b(?!c))|d"),  # there is but one plain alternative in front
+        (r"(?=a)|b|c", r"(?=a)|b|c"),
+        (r"a|b|c", r"a|b|c"),
+        (r"(?i)a|b|c(?!d)", r"(?i)a|b|c(?!d)"),  # in a group the flag would end with it
+        ("", ""),
+    ],
+)
+def test_alternatives_in_front_of_one_that_looks_around_become_one(pattern: str, expected: str) -> None:
+    assert byte_level.grouped(pattern) == expected
+
+
 @pytest.mark.parametrize("name", list(MADE))
 def test_a_corpus_gets_the_ids_of_the_tokenizer(name: str) -> None:
     tokenizer = MADE[name]()
