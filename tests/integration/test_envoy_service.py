@@ -26,8 +26,11 @@ from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from gorgo_plugin import Settings
 from gorgo_plugin.cli import main
 from gorgo_plugin.envoy_ext_proc.names import SERVICE
+from gorgo_plugin.envoy_ext_proc.server import _reload
+from gorgo_plugin.runtime import Runtime
 from tests.envoy_gateway import SERVE, Gateway, running
 from tests.litellm_proxy import wait_until
 from tests.stub_engine import Behaviour, StubEngine
@@ -219,6 +222,29 @@ def test_a_broken_file_leaves_the_last_good_settings_in_force(gateway: Gateway, 
     finally:
         gateway.reload()
     assert gateway.status()["settings_error"] is None
+
+
+def test_of_two_reloads_that_overlap_the_last_one_stands() -> None:
+    settings = {"replicas": [{"name": "a", "url": "http://127.0.0.1:1"}]}
+    runtime = Runtime(Settings.model_validate(settings), gateway="envoy")
+    try:
+        lock, reading, asked = threading.Lock(), threading.Event(), iter((10.0, 20.0))
+
+        def read_settings() -> Settings:
+            interval_s = next(asked)
+            if interval_s == 10.0:  # a slow read, which the second reload would overtake
+                reading.set()
+                time.sleep(0.3)
+            return Settings.model_validate({**settings, "probe": {"interval_s": interval_s}})
+
+        first = threading.Thread(target=_reload, args=(lock, runtime, read_settings))
+        first.start()
+        reading.wait(5)
+        _reload(lock, runtime, read_settings)
+        first.join()
+        assert runtime.settings.probe.interval_s == 20.0
+    finally:
+        runtime.close()
 
 
 def test_a_service_started_in_mode_off_measures_once_it_is_switched_on(engines: Engines, tmp_path: Path) -> None:

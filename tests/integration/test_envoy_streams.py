@@ -1,4 +1,4 @@
-"""How the service's streams end: gRPC frees no operation that fails, nor one whose awaiter was cancelled."""
+"""The service's streams over real gRPC, which frees no operation that fails and none whose awaiter was cancelled."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from gorgo_plugin import Settings
+from gorgo_plugin.envoy_ext_proc import messages
 from gorgo_plugin.envoy_ext_proc.names import SERVICE
 from gorgo_plugin.envoy_ext_proc.processor import Processor
 from gorgo_plugin.envoy_ext_proc.server import grpc_service
@@ -22,7 +23,7 @@ from gorgo_plugin.runtime import Runtime
 
 SETTINGS = {
     "replicas": [{"name": "a", "url": "http://127.0.0.1:1"}],
-    "envoy": {"listen": "127.0.0.1:0", "status_listen": None},
+    "envoy": {"listen": "127.0.0.1:0", "status_listen": None, "message_timeout_s": 0.02},
 }
 HEADERS = pb.ProcessingRequest(
     request_headers=pb.HttpHeaders(
@@ -138,3 +139,34 @@ async def test_a_reset_cuts_no_read_and_ends_the_flight(service: Service) -> Non
     assert stream.cut_reads == 0
     assert not stream.context.done()
     assert service.processor.streams == 0
+
+
+@pytest.mark.parametrize("steps_later", range(5))
+async def test_a_decision_made_while_the_service_asks_for_time_is_sent(
+    service: Service, monkeypatch: pytest.MonkeyPatch, steps_later: int
+) -> None:
+    """gRPC takes one message at a time: the decision must wait until the question is sent."""
+    runtime, asking, more_time = service.processor.runtime, asyncio.Event(), messages.more_time
+    prepare = runtime.prepare
+
+    def ask(seconds: float) -> bytes:
+        asking.set()
+        return more_time(seconds)
+
+    async def slow(body: bytes, endpoint: str, waiting: Any) -> Any:
+        waiting()
+        await asking.wait()
+        for _ in range(steps_later):
+            await asyncio.sleep(0)
+        return await prepare(body, endpoint)
+
+    monkeypatch.setattr(messages, "more_time", ask)
+    monkeypatch.setattr(runtime, "prepare", slow)
+    call = service.call()
+    await call.write(HEADERS)
+    await call.read()
+    await call.write(BODY)
+    kinds = [pb.ProcessingResponse.FromString(await asyncio.wait_for(call.read(), 5)) for _ in range(2)]
+    assert [kind.HasField("override_message_timeout") for kind in kinds] == [True, False]
+    assert kinds[1].HasField("request_body")
+    call.cancel()
