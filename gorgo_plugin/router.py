@@ -35,6 +35,7 @@ from gorgo_plugin.signals import (
     HealthTable,
     LatencyTable,
     Observer,
+    Silence,
 )
 from gorgo_plugin.state import State
 from gorgo_plugin.tuned import retuned, tuned_pick, weights_in_force
@@ -90,9 +91,11 @@ class Router:
         self._arrivals = Arrivals()
         self._tuned = tuned_pick(settings, state)
         weights = weights_in_force(settings, self._tuned)
-        self._views = Views(self._latency, self._flights, self._arrivals, self._gauges, weights)
+        self._silence = Silence()
+        self._views = Views(self._latency, self._flights, self._arrivals, self._gauges, self._silence, weights)
         self._health = HealthTable(settings.health)
-        self._replicas = Replicas((self._latency, self._flights, self._arrivals, self._gauges, self._health))
+        followers = self._latency, self._flights, self._arrivals, self._gauges, self._silence, self._health
+        self._replicas = Replicas(followers)
         self.engine_caches = EngineCaches(self._lock, clock, self._secret, self._replicas, self._block_tokens)
         self._models: OrderedDict[str, ModelState] = OrderedDict()  # the least recently used first
         self._recent: TTLCache[int, Flight] = TTLCache(MAX_RECENT_FLIGHTS, LATE_USAGE_S, clock)
@@ -219,6 +222,7 @@ class Router:
             flight.first_token_s = now
             self._flights.prefilled(flight, now)
             self._health.answered(flight.slot)
+            self._silence.heard(flight.slot, now)
             if flight.observer is not None:
                 flight.observer.first_token(now)
 
@@ -288,6 +292,7 @@ class Router:
                 self._health.failed(flight.slot, flight.dispatched_s, now)
             elif kind == "invalid":
                 self._health.answered(flight.slot)
+                self._silence.heard(flight.slot, now)
 
     def moved(self, flight_id: int, replica: str, failed: bool = True) -> None:
         """The gateway itself sent the flight to another replica: credit and load follow it there.
@@ -313,7 +318,11 @@ class Router:
             model = self._model(flight.model)
             if flight.credit is not None:
                 model.index.revoke(flight.credit)
+            if not flight.stream:
+                self._silence.ended(flight.slot)
             self._flights.move(flight, slot, now)
+            if not flight.stream:
+                self._silence.asked(slot, flight.prefill_ends_s)
             self._health.dispatched(slot, flight_id, now)
             flight.credit = model.index.credit(slot, flight.hashes)
             flight.path_blocks, flight.answer_blocks = flight.credit.had_blocks, 0
@@ -479,6 +488,8 @@ class Router:
             observer=observer,
         )
         self._flights.open(flight)
+        if not flight.stream:
+            self._silence.asked(slot, flight.prefill_ends_s)
         continues = found.most_blocks * model.block_tokens > CONTINUES_FROM * len(prompt)
         self._arrivals.sent(slot, view.prefill_ms.item(row), now, continues)
         self.engine_caches.dispatched(flight)
@@ -503,7 +514,10 @@ class Router:
             return None
         model = self._model(flight.model)
         flight.tell_end(now, failure)
+        if not flight.stream:
+            self._silence.ended(flight.slot, now - flight.prefill_ends_s if answered else None)
         if answered:
+            self._silence.heard(flight.slot, now)
             flight.answered_s = now
             self.engine_caches.answered(flight)
         flight.hashes = b""  # of a long prompt a megabyte, and needed no more

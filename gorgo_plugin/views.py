@@ -10,7 +10,7 @@ from gorgo_plugin.models import Found, ModelState
 from gorgo_plugin.policies import View
 from gorgo_plugin.policies.base import WAITING_SHARE, blocking_ms, decode_ms, next_turn_ms
 from gorgo_plugin.replicas import Candidates
-from gorgo_plugin.signals import Arrivals, Flights, GaugeTable, LatencyTable
+from gorgo_plugin.signals import Arrivals, Flights, GaugeTable, LatencyTable, Silence
 from gorgo_plugin.signals.columns import FloatArray, Rows
 
 
@@ -22,6 +22,7 @@ class Views:
     flights: Flights
     arrivals: Arrivals
     gauges: GaugeTable
+    silence: Silence
     weights: tuple[float, float]
 
     def view(
@@ -40,6 +41,9 @@ class Views:
         prefill_ms = ms_per_token * work
         prefill_ms += model.rates.overhead_ms(rows)
         queue_ms = flights.backlog_ms(rows, ms_per_token, now)
+        late_ms = self.silence.late_ms(rows, now)
+        if late_ms is not None:
+            queue_ms += late_ms
         decoding = flights.column("decoding", rows)
         arrivals, busy = self.arrivals.lately(rows, now, WAITING_SHARE)
         return View(

@@ -7,6 +7,7 @@ from gorgo_plugin.signals.gauges import EngineGauges, GaugeTable
 from gorgo_plugin.signals.health import HealthTable
 from gorgo_plugin.signals.latency import LatencyTable
 from gorgo_plugin.signals.rates import RateTable, Sample, token_pairs
+from gorgo_plugin.signals.silence import Silence
 
 __all__ = [
     "Arrivals",
@@ -20,5 +21,6 @@ __all__ = [
     "Observer",
     "RateTable",
     "Sample",
+    "Silence",
     "token_pairs",
 ]
