@@ -25,8 +25,8 @@ from gorgo_plugin.runtime import Runtime
 
 # Envoy ends a stream and resets it at once. To send a status into that, as returning does, fails, and gRPC never frees
 # what a failed operation took, nor one whose awaiter was cancelled (its issue 43360): 80 bytes each, which no trim can
-# get round. So no stream returns before the reset that ends it, if one comes, and what follows a decision is not
-# cancelled: most streams that are reset are there.
+# get round. So a stream that Envoy has ended does not return before the reset, if one comes, and what follows a
+# decision, where most streams are that are reset, is not cancelled.
 RESET_WITHIN_S = 0.05
 # How long an attempt is open to its observing stream when its request is over; the two are milliseconds apart.
 KEPT_S = 0.5
@@ -43,7 +43,7 @@ class Processor:
     """Answers Envoy. No request fails for what happens in here: without a decision Envoy serves it as it would anyway.
 
     Attributes:
-        streams: streams open now.
+        streams: streams that Envoy has open now.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -186,9 +186,11 @@ class _Routing:
                     await write(messages.answer_headers(attempt.headers()))
                 elif kind in UNCHANGED:
                     await write(UNCHANGED[kind])
-            return True
+        except grpc.aio.BaseError:
+            pass  # a write into a stream that is gone; perhaps nobody awaits this any more who could be told
         finally:
             self._processor.left(attempt)
+        return True
 
     async def _route(self, body: bytes, head: Head) -> bytes:
         """The answer to a request's body."""

@@ -33,7 +33,7 @@ NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
 GPT2_SPLITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of `ByteLevel` itself
 # A regular expression's pieces: escapes, classes of characters, what opens, closes or parts alternatives, all else.
-_PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|\(\?<?[=!]|\(\?[a-z-]+\)|.", re.DOTALL)
+_PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|\(\?<?[=!]|\(\?[a-z-]+\)|\(\?[a-z-]*x[a-z-]*:|.", re.DOTALL)
 KINDS_BELOW = 0x32000  # code points above are private, or variants of those below
 TEXTS_OF_ENTRIES = 200
 ENTRIES_A_TEXT = 40
@@ -70,15 +70,7 @@ class ByteLevelEncoder:
         ranks = _ranks(tokenizer, parts["model"], specials)
         self._separator = "\0" + secrets.token_hex(16)
         self._specials = frozenset({*specials, self._separator})
-        try:
-            self._encoding = tiktoken.Encoding(
-                "gorgo",
-                pat_str=grouped(splits),
-                mergeable_ranks=ranks,
-                special_tokens=specials | {self._separator: SEPARATOR_ID},
-            )
-        except ValueError as error:
-            raise NotTheSame(f"its regular expression is none of tiktoken's ({error!s:.100})") from None
+        self._encoding = _encoding(splits, ranks, specials | {self._separator: SEPARATOR_ID})
         self._try_against(tokenizer, list(_texts([*ranks], [*specials])))
 
     def ids(self, text: str) -> Ids | None:
@@ -180,6 +172,16 @@ def _splits(pre_tokenizer: Mapping[str, Any] | None) -> str:
     return str(split[0]["pattern"]["Regex"])
 
 
+def _encoding(splits: str, ranks: dict[bytes, int], specials: dict[str, int]) -> tiktoken.Encoding:
+    reason = ""
+    for pattern in (grouped(splits), splits):  # as one the alternatives may be more than the engine takes
+        try:
+            return tiktoken.Encoding("gorgo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        except ValueError as error:
+            reason = str(error)
+    raise NotTheSame(f"its regular expression is none of tiktoken's ({reason:.100})")
+
+
 def grouped(pattern: str) -> str:
     """The same regular expression, with the first alternatives as one, up to those that look around.
 
@@ -191,8 +193,8 @@ def grouped(pattern: str) -> str:
         text = piece.group()
         if text.startswith("(?") and text.endswith(("=", "!")):
             break  # only what ended before it is plain
-        if text.startswith("(?") and text.endswith(")"):
-            return pattern  # a flag for all that follows
+        if text.startswith("(?") and text.endswith((")", ":")):
+            return pattern  # a flag for all that follows, or comments
         depth += (text == "(") - (text == ")")
         if text == "|" and not depth:
             start, end = end, piece.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -139,6 +140,23 @@ async def test_a_reset_cuts_no_read_and_ends_the_flight(service: Service) -> Non
     assert stream.cut_reads == 0
     assert not stream.context.done()
     assert service.processor.streams == 0
+
+
+async def test_a_reset_while_an_answer_is_written_is_no_error(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = pb.ProcessingRequest(
+        response_headers=pb.HttpHeaders(headers=HeaderMap(headers=[HeaderValue(key=":status", raw_value=b"200")]))
+    ).SerializeToString()
+    for _ in range(100):
+        call, _ = await routed(service)
+        await call.write(served)
+        call.cancel()
+    for stream in service.streams:
+        await asyncio.wait_for(stream.ended.wait(), 5)
+    await asyncio.sleep(0.1)
+    gc.collect()  # asyncio reports what nobody was told when it is collected
+    assert [record.message for record in caplog.records if record.name in ("asyncio", "grpc._cython.cygrpc")] == []
 
 
 @pytest.mark.parametrize("steps_later", range(5))

@@ -57,11 +57,30 @@ def corpus() -> list[str]:
         (r"(?=a)|b|c", r"(?=a)|b|c"),
         (r"a|b|c", r"a|b|c"),
         (r"(?i)a|b|c(?!d)", r"(?i)a|b|c(?!d)"),  # in a group the flag would end with it
+        ("(?x: a # )\n|b)|c(?!d)", "(?x: a # )\n|b)|c(?!d)"),  # what looks like a bracket is a comment
         ("", ""),
     ],
 )
 def test_alternatives_in_front_of_one_that_looks_around_become_one(pattern: str, expected: str) -> None:
     assert byte_level.grouped(pattern) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[a-z]+|[A-Z]+|[[:punct:]|](?!c)|\s+|[\s\S]",  # the class goes on behind its first bracket
+        r"a\p{L}{1,100}|b\p{L}{1,100}|c\p{L}{1,100}|.|\s+(?!\S)|\s+",  # too large as one
+    ],
+)
+def test_alternatives_that_cannot_be_one_stay_apart(pattern: str) -> None:
+    tokenizer = small.chatml()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    assert ByteLevelEncoder(tokenizer).ids("some words") is not None
 
 
 @pytest.mark.parametrize("name", list(MADE))
