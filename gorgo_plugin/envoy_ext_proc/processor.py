@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -165,7 +166,8 @@ class _Routing:
             elif isinstance(content, bytes) and head is not None:
                 answer = await self._route(content, head)
                 if self._attempt is not None:
-                    return await asyncio.shield(self._follow(answer, self._attempt))
+                    await asyncio.shield(self._follow(answer, self._attempt))
+                    return True
                 await write(answer)
             elif kind in UNCHANGED:
                 await write(UNCHANGED[kind])
@@ -174,23 +176,22 @@ class _Routing:
                 return True
             message = messages.read(raw)
 
-    async def _follow(self, answer: bytes, attempt: EnvoyAttempt) -> bool:
-        """The rest of a stream, from the answer with the decision to its end; true when Envoy ended it."""
+    async def _follow(self, answer: bytes, attempt: EnvoyAttempt) -> None:
+        """The rest of a stream, from the answer with the decision until Envoy ends it."""
         write, read = self._context.write, self._context.read
         try:
-            await write(answer)
-            while (raw := await read()) is not grpc.aio.EOF:
-                kind, content, _ = messages.read(raw)
-                if isinstance(content, Served):
-                    attempt.served(content)
-                    await write(messages.answer_headers(attempt.headers()))
-                elif kind in UNCHANGED:
-                    await write(UNCHANGED[kind])
-        except grpc.aio.BaseError:
-            pass  # a write into a stream that is gone; perhaps nobody awaits this any more who could be told
+            # A write into a stream that is gone fails, and there may be nobody left who awaits this and could be told.
+            with contextlib.suppress(grpc.aio.BaseError):
+                await write(answer)
+                while (raw := await read()) is not grpc.aio.EOF:
+                    kind, content, _ = messages.read(raw)
+                    if isinstance(content, Served):
+                        attempt.served(content)
+                        await write(messages.answer_headers(attempt.headers()))
+                    elif kind in UNCHANGED:
+                        await write(UNCHANGED[kind])
         finally:
             self._processor.left(attempt)
-        return True
 
     async def _route(self, body: bytes, head: Head) -> bytes:
         """The answer to a request's body."""

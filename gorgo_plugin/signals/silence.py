@@ -23,12 +23,14 @@ ALPHA = 1 / 64  # of an answer, once there are as many
 
 
 class Silence(Table):
-    """Requests that await a whole answer, per replica, and since when one of them is owed."""
+    """Requests that await a whole answer, per replica, and since when one of them is owed.
+
+    Of a replica it keeps how many there are and since when they wait, in the mean: from the end of their prefill on, or
+    from a later sign of life.
+    """
 
     def __init__(self) -> None:
-        super().__init__(
-            awaited=0.0, since_s=0.0
-        )  # how many; the mean of when their decoding began, or of a later sign
+        super().__init__(awaited=0.0, since_s=0.0)
         self._answers = 0
         self._mean_s, self._mean_square = PRIOR_S / 2.0, PRIOR_S**2 / 2.0  # of answers, and of their squares
         self._quiet_until_s = math.inf  # before then no replica owes an answer
