@@ -17,7 +17,8 @@ from tests.litellm_proxy import deployment, wait_until
 from tests.stub_engine import Behaviour, StubEngine
 
 Engines = tuple[StubEngine, StubEngine]
-MESSAGES = [{"role": "user", "content": "where does the river go? " * 40}]
+# Long enough that its prefill outweighs any round trip a busy machine may measure over loopback.
+MESSAGES = [{"role": "user", "content": "where does the river go? " * 800}]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("acompletion", {"messages": MESSAGES}),
     "streamed chat": ("acompletion", {"messages": MESSAGES, "stream": True}),
     "completion": ("atext_completion", {"prompt": MESSAGES[0]["content"]}),
-    "completion of token ids": ("atext_completion", {"prompt": list(range(100, 300))}),
+    "completion of token ids": ("atext_completion", {"prompt": list(range(100, 5100))}),
     "embedding": ("aembedding", {"input": MESSAGES[0]["content"]}),
     "responses": ("aresponses", {"input": MESSAGES[0]["content"]}),
     "streamed responses": ("aresponses", {"input": MESSAGES[0]["content"], "stream": True}),
