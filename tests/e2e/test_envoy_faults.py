@@ -35,14 +35,14 @@ names = (f"c{number}" for number in itertools.count())
 
 
 def chat(name: str, turns: int = 1, stream: bool = False, model: str = "m") -> dict[str, Any]:
-    """A conversation after so many turns; each adds about 50 ms of prefill.
+    """A conversation after so many turns; each adds about 200 ms of prefill.
 
     Only streams teach how fast a replica is. These engines take no time, so one stream answered at once would draw all
     further conversations: streams are a model of their own, or one that fails.
     """
     messages = []
     for turn in range(turns):
-        messages += [{"role": "user", "content": f"{name} {turn} " * 250}, {"role": "assistant", "content": "hi"}]
+        messages += [{"role": "user", "content": f"{name} {turn} " * 1000}, {"role": "assistant", "content": "hi"}]
     return {"model": model, "stream": stream, "messages": messages[:-1]}
 
 

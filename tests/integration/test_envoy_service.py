@@ -41,7 +41,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 def body(text: str = "where does the river go? ", **fields: Any) -> dict[str, Any]:
-    return {"model": "m", "messages": [{"role": "user", "content": text * 40}], **fields}
+    return {"model": "m", "messages": [{"role": "user", "content": text * 400}], **fields}
 
 
 def replicas_of(engines: Engines) -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ WORDS = "a river runs under the old stone bridge and the wind carries leaves ove
 
 
 def long_text() -> str:
-    """Some 300 tokens that nobody has sent before."""
-    return f"{uuid.uuid4()} " + WORDS * 16
+    """Some 3,000 tokens that nobody has sent before."""
+    return f"{uuid.uuid4()} " + WORDS * 160
 
 
 def chat(content: Any, model: str = "m", **fields: Any) -> dict[str, Any]:
@@ -159,10 +159,10 @@ def test_an_image_is_known_again_and_another_is_not(gateway: Proxy) -> None:
 
 def test_a_prompt_of_token_ids_is_routed_by_them(gateway: Proxy, engines: Engines) -> None:
     start = uuid.uuid4().int % 50_000
-    body = {"model": "m", "prompt": list(range(start, start + 400))}
+    body = {"model": "m", "prompt": list(range(start, start + 4000))}
     ask(gateway, "/v1/completions", body)
-    # 400 ids are 25 blocks of 16; the last block is never wholly cached. The stub's usage scales nothing here.
-    assert cached(ask(gateway, "/v1/completions", body)) == 384
+    # 4,000 ids are 250 blocks of 16; the last block is never wholly cached. The stub's usage scales nothing here.
+    assert cached(ask(gateway, "/v1/completions", body)) == 3984
     assert engines[0].requests + engines[1].requests
     assert all(sent["prompt"] == body["prompt"] for _, sent in engines[0].requests + engines[1].requests)
 
