@@ -109,20 +109,26 @@ def read(raw: bytes) -> Received:
     """
     # What a path's query holds may be a secret, and a body is one: neither is kept.
     tag = raw[:1]
-    if tag == _REQUEST_BODY and (body := _body_in(raw)) is not None:
-        return Received("request_body", body, None)
+    if tag == _REQUEST_BODY and (cut := _cut_body(raw)) is not None:
+        return Received("request_body", cut[0], None)
     alike = tag == _ANSWER_HEADERS or (tag == _REQUEST_HEADERS and b"?" not in raw)
     return _read_alike(raw) if alike and len(raw) <= _ALIKE_BYTES else _read(raw)
 
 
-def _body_in(raw: bytes) -> bytes | None:
-    """The body in a message that begins with one, cut out: parsing would copy it twice more, through a fresh arena."""
-    _, start = _varint(raw, 1)
-    if raw[start : start + 1] != _BODY:
+def _cut_body(raw: bytes) -> tuple[bytes, bool] | None:
+    """(the body in a message that begins with one, whether it is the last piece); None where it is written otherwise.
+
+    Parsing would copy a body twice more, through a fresh arena, and read the metadata that follows it; under load that
+    is slower, though in a loop of nothing else it is faster.
+    """
+    size, start = _varint(raw, 1)
+    end, size = start + size, 0
+    if raw[start : start + 1] == _BODY:
+        size, start = _varint(raw, start + 1)
+    after = raw[start + size : end]
+    if start + size > end or end > len(raw) or after not in (b"", _END):
         return None
-    size, start = _varint(raw, start + 1)
-    body = raw[start : start + size]
-    return body if len(body) == size else None
+    return raw[start : start + size], after == _END
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
@@ -186,13 +192,22 @@ def attempt_of_piece(raw: bytes, begins: bytes, length: int) -> str | None:
 
 def text_of_piece(raw: bytes) -> bytes:
     """The piece itself in an observed message with a piece of an answer."""
-    text: bytes = pb.ProcessingRequest.FromString(raw).response_body.body
+    text, _ = _cut_body(raw) or _read_body(raw)
     return text
 
 
 def is_last_piece(raw: bytes) -> bool:
     """Whether such a message has the last of its answer. They are many, so most are not read for it."""
-    return _END in raw and bool(pb.ProcessingRequest.FromString(raw).response_body.end_of_stream)
+    if _END not in raw:
+        return False
+    _, last = _cut_body(raw) or _read_body(raw)
+    return last
+
+
+def _read_body(raw: bytes) -> tuple[bytes, bool]:
+    """The same of an answer's piece, whatever else is in it and in whatever order."""
+    body = pb.ProcessingRequest.FromString(raw).response_body
+    return body.body, body.end_of_stream
 
 
 def routed(replica: str, destinations: str, attempt: str, body: bytes | None) -> bytes:

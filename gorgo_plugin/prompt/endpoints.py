@@ -18,5 +18,8 @@ def endpoint_of(path: str) -> str | None:
 
     `/v1` may be missing; a query string, a fragment and trailing slashes are ignored.
     """
+    known = _BY_PATH.get(path)
+    if known is not None:  # as it mostly is
+        return known
     bare = path.split("?", 1)[0].split("#", 1)[0].rstrip("/")
     return _BY_PATH.get(bare)

@@ -119,10 +119,16 @@ class Vocabulary:
         return [*map(self._encode_one, texts)]
 
     def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
-        assert self._fast is not None
-        if len(texts) > 1 and (batch := self._fast.batch(texts)) is not None:
-            return batch
-        found = map(self._fast.ids, texts)
+        fast = self._fast
+        if fast is None:  # given up meanwhile, in another thread
+            return self._encode_batches(texts)
+        try:
+            if len(texts) > 1 and (batch := fast.batch(texts)) is not None:
+                return batch
+            found = [*map(fast.ids, texts)]
+        except NotTheSame as error:
+            self.encoder, self._fast = f"tokenizers ({error})", None
+            return self._encode_batches(texts)
         return [self._encode_batches([text])[0] if ids is None else ids for text, ids in zip(texts, found, strict=True)]
 
     def _encode_one(self, text: str) -> Ids:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from gorgo_plugin import Settings
@@ -73,14 +74,7 @@ def test_alternatives_in_front_of_one_that_looks_around_become_one(pattern: str,
     ],
 )
 def test_alternatives_that_cannot_be_one_stay_apart(pattern: str) -> None:
-    tokenizer = small.chatml()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    assert ByteLevelEncoder(tokenizer).ids("some words") is not None
+    assert ByteLevelEncoder(splitting_by(pattern)).ids("some words") is not None
 
 
 @pytest.mark.parametrize("name", list(MADE))
@@ -173,6 +167,17 @@ def splitting_by_gaps() -> Tokenizer:
     return tokenizer
 
 
+def splitting_by(pattern: str) -> Tokenizer:
+    tokenizer = small.chatml()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
 def leaving_text_out() -> Tokenizer:
     # What its expression does not match is a piece too; tiktoken would drop it.
     tokenizer = small.chatml()
@@ -201,6 +206,7 @@ def with_added(token: AddedToken) -> Tokenizer:
         (splitting_twice, "splits text in several steps"),
         (splitting_by_gaps, "by what stands between the pieces"),
         (leaving_text_out, "ids of a text made to try it differ"),
+        (lambda: splitting_by(r"\p{L}*|[\s\S]"), "tiktoken broke down: range end index"),  # it matches nothing, too
         (lambda: with_added(AddedToken("<|im_start|>s", normalized=False)), "begins like another"),
         (lambda: with_added(AddedToken("<think>", normalized=True)), "for before and some after text"),
         (lambda: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "not byte-level"),
@@ -234,6 +240,36 @@ def test_text_that_only_the_tokenizer_can_tell_goes_to_it() -> None:
         expected = tokenizer.encode(text, add_special_tokens=False).ids
         assert vocabulary.encode([text])[0].tolist() == expected
         assert vocabulary.encode([text, text])[1].tolist() == expected
+
+
+def test_of_many_special_tokens_those_in_a_text_are_found() -> None:
+    overlapping = ["<<<", "<|<", "|<|", "[0][", "][1"]
+    tokenizer = small.byte_level(*(f"<|reserved_{number:03}|>" for number in range(300)), *overlapping)
+    encoder, rng = ByteLevelEncoder(tokenizer), random.Random(3)
+    pieces = ["<|reserved_007|>", "<|reserved_7|>", "<|", "<", "|", "[0][1]", "[", " a ", "word", *overlapping]
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(500)] + ["<|reserved_299|>x" * 200]
+    for text, expected in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        ids = encoder.ids(text)
+        assert ids is not None
+        assert ids.tolist() == expected.ids
+        assert encoder._in(text) <= encoder._specials
+
+
+def test_an_encoder_that_breaks_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = Vocabulary(small.chatml(), "test")
+    fast = vocabulary._fast
+    assert fast is not None
+    panics = tiktoken.Encoding(
+        "panics", pat_str=r"\p{L}*|\s", mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}
+    )
+    monkeypatch.setattr(fast, "_encoding", panics)
+    texts = ["1", "<|im_start|>user\nHello"]
+    for wanted in (texts[:1], texts):
+        ids = vocabulary.encode(wanted)
+        assert [one.tolist() for one in ids] == [
+            small.chatml().encode(text, add_special_tokens=False).ids for text in wanted
+        ]
+    assert vocabulary.encoder.startswith("tokenizers (tiktoken broke down")
 
 
 def test_what_exceeds_the_limits_of_a_regular_expression_goes_to_the_tokenizer() -> None:
