@@ -213,12 +213,12 @@ async def test_headers_come_long_before_the_first_token() -> None:
     slow = EngineProfile(a_ms=0.5, noise=0.0)
     async with replica(slow) as client:
         began = time.monotonic()
-        async with client.post(CHAT, json=chat(words(1_000), stream=True)) as response:
+        async with client.post(CHAT, json=chat(words(2_000), stream=True)) as response:
             headers_s = time.monotonic() - began
             await response.content.readline()
             content_s = time.monotonic() - began
-    assert headers_s < 0.2
-    assert content_s > 0.5
+    assert headers_s < 0.5
+    assert content_s > 1.0
 
 
 async def test_the_injected_round_trip_is_in_health_and_in_the_first_token() -> None:
@@ -230,8 +230,8 @@ async def test_the_injected_round_trip_is_in_health_and_in_the_first_token() -> 
         began = time.monotonic()
         await post(client, CHAT, chat(max_tokens=1))
         chat_s = time.monotonic() - began
-    assert 0.3 <= health_s < 0.4
-    assert 0.3 <= chat_s < 0.45
+    assert 0.3 <= health_s < 0.6  # twice there and back would take that
+    assert 0.3 <= chat_s < 0.6
 
 
 async def test_chunks_on_a_long_way_back_are_under_way_at_the_same_time() -> None:
@@ -367,12 +367,12 @@ async def set_fault(client: aiohttp.ClientSession, **fault: Any) -> None:
 
 
 async def test_a_replica_told_to_err_answers_500_at_once_while_its_health_is_good() -> None:
-    async with replica() as client:
+    async with replica(EngineProfile(a_ms=0.1, noise=0.0)) as client:
         await set_fault(client, kind="error")
         began = time.monotonic()
-        status, _ = await post(client, CHAT, chat(words(2_000)))
+        status, _ = await post(client, CHAT, chat(words(20_000)))
         assert status == 500
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 1.0  # its prefill would take twice as long
         async with client.get("/health") as response:
             assert response.status == 200
         await set_fault(client, kind="error", health=True)
@@ -439,14 +439,15 @@ async def test_a_long_cold_prompt_does_not_keep_others_waiting() -> None:
         await post(client, CHAT, chat())
         body = json.dumps(chat(words(90_000), max_tokens=1)).encode()
         task = asyncio.create_task(client.post(CHAT, data=body))
-        longest_s = 0.0
+        started, longest_s = time.monotonic(), 0.0
         while not task.done():
             began = time.monotonic()
             async with client.get("/health"):
                 longest_s = max(longest_s, time.monotonic() - began)
+        took_s = time.monotonic() - started
         async with await task as response:
             assert response.status == 200
-    assert longest_s < 0.15  # tokenizing these 450,000 characters takes several times that
+    assert longest_s < took_s / 2  # most of which is tokenizing 450,000 characters
 
 
 async def test_a_body_of_many_megabytes_is_taken() -> None:

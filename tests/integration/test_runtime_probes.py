@@ -100,8 +100,8 @@ async def test_a_handshake_is_measured_without_the_lag_of_a_busy_loop() -> None:
         server.listen()
         measured = asyncio.create_task(Handshakes("127.0.0.1", server.getsockname()[1]).rtt_s())
         await asyncio.sleep(0)
-        time.sleep(0.1)
-        assert 0.0 < await measured < 0.05
+        time.sleep(0.5)
+        assert 0.0 < await measured < 0.3
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ async def test_a_handshake_over_ipv6_is_measured() -> None:
     with socket.socket(socket.AF_INET6) as server:
         server.bind(("::1", 0))
         server.listen()
-        assert 0.0 < await Handshakes("::1", server.getsockname()[1]).rtt_s() < 0.05
+        assert 0.0 < await Handshakes("::1", server.getsockname()[1]).rtt_s() < 0.5
 
 
 async def test_a_name_lookup_that_hangs_is_not_asked_again_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
