@@ -1,4 +1,4 @@
-"""How all tests run. Property tests have the same examples on every machine; new ones: `--hypothesis-profile=explore`."""
+"""How all tests run: property tests with the same examples everywhere; new ones with `--hypothesis-profile=explore`."""
 
 from __future__ import annotations
 
