@@ -37,8 +37,6 @@ def token_array(tokens: ArrayLike) -> NDArray[np.uint32]:
     """
     if isinstance(tokens, list | tuple):
         return _from_list(tokens)
-    if type(tokens) is np.ndarray and tokens.dtype == np.uint32 and tokens.ndim == 1 and not tokens.flags.writeable:
-        return tokens
     try:
         given = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
     except (TypeError, ValueError, OverflowError) as error:

@@ -39,10 +39,10 @@ TEXTS_OF_ENTRIES = 200
 ENTRIES_A_TEXT = 40
 RANDOM_TEXTS = 50
 RANDOM_BYTES = 200
-# tiktoken is told with each text which special tokens to look for, 0.1 us for each; of so many, in text of no more than
-# so many characters for each, those that the text holds are found sooner.
+# tiktoken is told with each text which special tokens to look for, 0.1 us for each. Of so many, those that a text holds
+# are found sooner, if no more places in it look like the beginning of one.
 MANY_SPECIALS = 64
-CHARS_PER_SPECIAL = 8
+BEGINNINGS = 8
 SEPARATOR_ID = 0x7FFF_FFFF  # no vocabulary reaches so far
 KEPT = 8  # encoders; a gateway that reads its settings anew finds its own again
 
@@ -74,7 +74,8 @@ class ByteLevelEncoder:
         ranks = _ranks(tokenizer, parts["model"], specials)
         self._separator = "\0" + secrets.token_hex(16)
         self._specials = frozenset({*specials, self._separator})
-        self._special = re.compile("|".join(map(re.escape, sorted(self._specials))))
+        self._beginnings = {special[:1] for special in self._specials}
+        self._lengths = sorted({len(special) for special in self._specials})
         self._encoding = _encoding(splits, ranks, specials | {self._separator: SEPARATOR_ID})
         self._try_against(tokenizer, list(_texts([*ranks], [*specials])))
 
@@ -116,13 +117,15 @@ class ByteLevelEncoder:
 
     def _in(self, text: str) -> Set[str]:
         """The special tokens to look for in a text: at least those that it holds."""
-        if len(self._specials) < MANY_SPECIALS or len(text) > CHARS_PER_SPECIAL * len(self._specials):
+        if len(self._specials) < MANY_SPECIALS or sum(map(text.count, self._beginnings)) > BEGINNINGS:
             return self._specials
-        found, match = set(), self._special.search(text)
-        while match is not None:
-            found.add(match.group())
-            match = self._special.search(text, match.start() + 1)  # they may overlap; none begins like another
-        return found
+        found: set[str] = set()
+        for char in self._beginnings:
+            at = text.find(char)
+            while at >= 0:
+                found.update(text[at : at + length] for length in self._lengths)
+                at = text.find(char, at + 1)
+        return found & self._specials
 
     def _try_against(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         expected = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -142,7 +145,7 @@ def encoder_for(tokenizer: Tokenizer) -> ByteLevelEncoder:
     Raises:
         NotTheSame: as `ByteLevelEncoder` does.
     """
-    key = sha256(tokenizer.to_str().encode()).digest()
+    key = _key(tokenizer)
     with _lock:
         found = _encoders.get(key)
         if found is None:
@@ -154,6 +157,16 @@ def encoder_for(tokenizer: Tokenizer) -> ByteLevelEncoder:
     if isinstance(found, NotTheSame):
         raise NotTheSame(str(found))
     return found
+
+
+def give_up(tokenizer: Tokenizer, reason: NotTheSame) -> None:
+    """Have no encoder for a tokenizer any more."""
+    with _lock:
+        _encoders[_key(tokenizer)] = reason
+
+
+def _key(tokenizer: Tokenizer) -> bytes:
+    return sha256(tokenizer.to_str().encode()).digest()
 
 
 def _normal_form(normalizer: Mapping[str, Any] | None) -> NormalForm | None:

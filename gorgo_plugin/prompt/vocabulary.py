@@ -10,6 +10,7 @@ there. Both are tried on texts chosen against them before they are used.
 
 from __future__ import annotations
 
+import logging
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
-from gorgo_plugin.prompt.byte_level import ByteLevelEncoder, NotTheSame, encoder_for
+from gorgo_plugin.prompt.byte_level import ByteLevelEncoder, NotTheSame, encoder_for, give_up
 from gorgo_plugin.prompt.cuts import cut_text
+
+_log = logging.getLogger("gorgo_plugin")
 
 Ids = NDArray[np.uint32]
 Spread = Callable[[Callable[[list[str]], list["Ids"]], Iterable[list[str]]], Iterable[list["Ids"]]]
@@ -127,9 +130,15 @@ class Vocabulary:
                 return batch
             found = [*map(fast.ids, texts)]
         except NotTheSame as error:
-            self.encoder, self._fast = f"tokenizers ({error})", None
+            self._give_up(error)
             return self._encode_batches(texts)
         return [self._encode_batches([text])[0] if ids is None else ids for text, ids in zip(texts, found, strict=True)]
+
+    def _give_up(self, reason: NotTheSame) -> None:
+        give_up(self._tokenizer, reason)
+        if self._fast is not None:  # not yet, in another thread
+            self.encoder, self._fast = f"tokenizers ({reason})", None
+            _log.warning("gorgo: %s is tokenized by tokenizers from now on: %s", self.source, reason)
 
     def _encode_one(self, text: str) -> Ids:
         return read_only(np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gorgo_plugin.router import MOST_PROMPT_TOKENS
 
@@ -12,8 +11,7 @@ _INVALID = frozenset({400, 413, 422})  # the request's own fault; the replica is
 _TIMEOUT = frozenset({408, 504})
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens as an engine counted them; None where it does not say."""
 
     prompt_tokens: int | None = None

@@ -116,6 +116,32 @@ def test_of_an_observed_piece_its_text_and_its_place_are_read() -> None:
         assert (messages.text_of_piece(raw), messages.is_last_piece(raw)) == (b"data: \x10\x01", ends)
 
 
+@pytest.mark.parametrize(
+    ("raw", "piece"),
+    [
+        (b"\x2a\x00", (b"", False)),
+        (b"\x2a\x02\x10\x01", (b"", True)),
+        (b"\x2a\x05\x10\x01\x0a\x01x", (b"x", True)),  # in another order
+        (b"\x2a\x07\x0a\x01x\x10\x00\x10\x01", (b"x", True)),  # twice; the last one counts
+        (b"\x2a\x85\x00\x0a\x01x\x10\x01", (b"x", True)),  # a length in more bytes than it takes
+        (b"\x2a\x07\x0a\x01x\x10\x01\x18\x01", (b"x", True)),  # a field that is not looked at
+        (b"\x3a\x04\x0a\x02\x10\x01", (b"", False)),  # trailers
+    ],
+)
+def test_a_piece_is_read_however_it_is_written(raw: bytes, piece: tuple[bytes, bool]) -> None:
+    body = pb.ProcessingRequest.FromString(raw).response_body
+    assert (body.body, body.end_of_stream) == piece
+    assert (messages.text_of_piece(raw), messages.is_last_piece(raw)) == piece
+
+
+@pytest.mark.parametrize(
+    "raw", [b'"', b"\x22\x80", b"\x22\x05\x0a\x01", b"\x22\x02\x0a\x80", b"\x22" + b"\xff" * 100_000]
+)
+def test_a_message_that_is_cut_off_is_none(raw: bytes) -> None:
+    with pytest.raises(DecodeError):
+        messages.read(raw)
+
+
 def test_whose_answer_a_piece_belongs_to_is_found_unread() -> None:
     message = pb.ProcessingRequest(observability_mode=True)
     message.response_body.body = b"data: 0badcafe-000000000001 and more"

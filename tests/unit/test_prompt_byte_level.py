@@ -255,7 +255,16 @@ def test_of_many_special_tokens_those_in_a_text_are_found() -> None:
         assert encoder._in(text) <= encoder._specials
 
 
-def test_an_encoder_that_breaks_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_full_of_what_special_tokens_begin_with_takes_no_longer() -> None:
+    encoder = ByteLevelEncoder(small.byte_level(*(f"<|reserved_{number:03}|>" for number in range(300))))
+    assert encoder._in("<" * 100_000) is encoder._in("<p>" * 9) is encoder._specials
+    assert encoder._in("<p> and <|reserved_007|>") == {"<|reserved_007|>"}
+
+
+def test_an_encoder_that_breaks_down_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(byte_level, "_encoders", {})
     vocabulary = Vocabulary(small.chatml(), "test")
     fast = vocabulary._fast
     assert fast is not None
@@ -270,6 +279,8 @@ def test_an_encoder_that_breaks_down_is_given_up(monkeypatch: pytest.MonkeyPatch
             small.chatml().encode(text, add_special_tokens=False).ids for text in wanted
         ]
     assert vocabulary.encoder.startswith("tokenizers (tiktoken broke down")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert Vocabulary(small.chatml(), "read anew").encoder == vocabulary.encoder
 
 
 def test_what_exceeds_the_limits_of_a_regular_expression_goes_to_the_tokenizer() -> None:
