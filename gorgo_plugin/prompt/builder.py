@@ -9,6 +9,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from gorgo_plugin.decision import Prompt, token_array
@@ -17,7 +18,7 @@ from gorgo_plugin.prefix import Blocks, block_hasher
 from gorgo_plugin.prompt.bodies import RawPrompts, Request, parse, read_request
 from gorgo_plugin.prompt.cache import SegmentCache
 from gorgo_plugin.prompt.continuation import Continuations, Known, Prepared
-from gorgo_plugin.prompt.conversation import Conversation, Media
+from gorgo_plugin.prompt.conversation import Conversation, Media, as_mapping, as_text
 from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.recall import EMPTY, GoneOn, Recall, Recalled, Stretch
@@ -143,8 +144,10 @@ class PromptBuilder:
             PromptError: the endpoint holds no prompt, or the body none that can be read; names the field.
         """
         try:
-            if type(body) is bytes and endpoint_of(endpoint) == CHAT:
-                return self._plan_chat(body, model, pause)
+            written = self._written(body, model) if endpoint_of(endpoint) == CHAT else None
+            if written is not None:
+                pause()
+                return self._plan_chat(written, model, pause)
             request = read_request(body, endpoint)
             pause()
             return self._plan(request, request.model if model is None else model, pause)
@@ -152,6 +155,22 @@ class PromptBuilder:
             raise
         except Exception as error:  # a mapping may hold objects of any behaviour
             raise PromptError(f"body: cannot be read as a prompt ({type(error).__name__})") from error
+
+    def _written(self, body: bytes | Mapping[str, Any], name: str | None) -> bytes | None:
+        """A chat as JSON, in which the known part of a conversation is found; None where it is read as it is.
+
+        To write a mapping takes a fraction of what it takes to render messages and to look them up one by one.
+        """
+        if type(body) is bytes:
+            return body
+        given = as_mapping(body)
+        model = self._models.get(as_text(given and given.get("model")) if name is None else name, self._default)
+        if given is None or model.answer_header is None:
+            return None
+        try:
+            return msgspec.json.encode(given, enc_hook=_written_as)
+        except Exception:  # noqa: BLE001 (it may hold objects of any behaviour)
+            return None
 
     def _plan_chat(self, body: bytes, name: str | None, pause: Callable[[], None]) -> Plan:
         """From where the last request of this conversation ended, if it was seen; else from its beginning."""
@@ -281,6 +300,13 @@ class PromptBuilder:
         models = {name: entry.describe() for name, entry in {"": self._default, **self._models}.items()}
         cache = {"segments": len(self._cache), "bytes": self._cache.used_bytes}
         return {"models": models, "cache": cache, "continuations": self._continuations.describe()}
+
+
+def _written_as(value: Any) -> Mapping[str, Any]:
+    found = as_mapping(value)
+    if found is None:
+        raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+    return dict(found)
 
 
 def _goes_on(content: Conversation | RawPrompts) -> bool:

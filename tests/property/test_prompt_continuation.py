@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from gorgo_plugin import Prompt, Settings
 from gorgo_plugin.errors import PromptError
@@ -110,7 +112,7 @@ def body(messages: list[Any], before: dict[str, Any], after: dict[str, Any], spa
     )
 
 
-def prepared(builder: PromptBuilder, sent: bytes) -> Prompt | str:
+def prepared(builder: PromptBuilder, sent: bytes | dict[str, Any]) -> Prompt | str:
     try:
         return builder.prepare(sent, CHAT)
     except PromptError as error:
@@ -153,6 +155,13 @@ def test_a_chat_that_goes_on_is_prepared_as_if_it_came_for_the_first_time(bodies
         assert_alike(prepared(going_on(), sent), prepared(forgetful(), sent))
 
 
+@settings(max_examples=150)
+@given(talks())
+def test_a_mapping_that_goes_on_is_prepared_as_if_it_came_for_the_first_time(bodies: list[bytes]) -> None:
+    for given_as in map(json.loads, bodies):
+        assert_alike(prepared(going_on(), given_as), prepared(forgetful(), given_as))
+
+
 @pytest.mark.parametrize(
     "tail", [b"]}", b"", b"]", b',{"role":"user"', b'],"messages":[{"role":"user","content":"other"}]}', b'],"x":}']
 )
@@ -175,6 +184,44 @@ def test_most_bodies_that_go_on_are_found(monkeypatch: pytest.MonkeyPatch) -> No
             builder.prepare(body(messages, before, after, spaced), CHAT)
     assert len(found) == 2 * 3 * 3
     assert None not in found
+
+
+class Turn(BaseModel):
+    """A message as LiteLLM hands on what it answered itself."""
+
+    role: str
+    content: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+@pytest.mark.parametrize(
+    "made", [dict, MappingProxyType, lambda fields: Turn(**fields)], ids=["dict", "proxy", "pydantic"]
+)
+def test_a_mapping_goes_on_whatever_its_messages_are(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+    found = []
+    monkeypatch.setattr(Known, "rest", lambda self, body, rest=Known.rest: found.append(rest(self, body)) or found[-1])
+    builder = PromptBuilder(Settings(), secret=b"s")
+    messages = [LONG]
+    for turn in range(3):
+        messages = [*messages, {"role": "assistant", "content": "a"}, {"role": "user", "content": f"{turn}"}]
+        sent = {"model": "m", "messages": tuple(map(made, messages)), "stream": True}
+        assert_alike(
+            builder.prepare(MappingProxyType(sent), CHAT), prepared(forgetful(), {**sent, "messages": messages})
+        )
+    assert [rest is not None for rest in found] == [True, True]
+
+
+@pytest.mark.parametrize("odd", ["\ud800", object(), {1: 2}, float("nan"), 10**30, b"bytes", lambda: None], ids=repr)
+def test_a_mapping_that_json_cannot_hold_is_read_as_it_is(odd: Any) -> None:
+    messages = [LONG, {"role": "user", "content": "hi"}]
+    plain = forgetful().prepare({"messages": messages}, CHAT)
+    aside = [LONG, {"role": "user", "content": "hi", "extra": odd}]
+    for sent in ({"messages": aside}, {"messages": messages, "top_k": odd}, {"top_k": odd, "messages": messages}):
+        assert_alike(going_on().prepare(sent, CHAT), plain)
+    assert_alike(
+        prepared(going_on(), {"messages": [LONG, {"role": "user", "content": odd}]}),
+        prepared(forgetful(), {"messages": [LONG, {"role": "user", "content": odd}]}),
+    )
 
 
 def test_conversations_that_go_on_are_found_again_and_bounded_in_bytes() -> None:

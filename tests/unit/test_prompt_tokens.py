@@ -263,13 +263,13 @@ def test_long_conversations_come_out_of_chunks_as_out_of_the_whole() -> None:
     builder = PromptBuilder(Settings(), secret=b"test")
     sizes = [10, 9_000, 300, 50, 20_000, 5, 700, 8_300, 8_100, 90, 400] * 3
     messages = [{"role": "user", "content": f"{number} " + "word " * (size // 5)} for number, size in enumerate(sizes)]
+    ended = {"add_generation_prompt": False}  # nothing goes on from there
     for _ in range(3):  # new, known in pieces, known in chunks
         for count in range(1, len(messages) + 1):
-            tokens = builder.prepare({"messages": messages[:count]}, CHAT).tokens
+            tokens = builder.prepare({"messages": messages[:count], **ended}, CHAT).tokens
     whole = "".join(f"<|im_start|>user\n{message['content']}<|im_end|>\n" for message in messages)
-    ids = embedded_tokenizer().tokenizer.encode(whole + "<|im_start|>assistant\n", add_special_tokens=False).ids
-    assert tokens.tolist() == ids
-    assert builder.plan({"messages": messages}, CHAT).cold_chars == 0
+    assert tokens.tolist() == embedded_tokenizer().tokenizer.encode(whole, add_special_tokens=False).ids
+    assert builder.plan({"messages": messages, **ended}, CHAT).cold_chars == 0
 
 
 def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(tmp_path: Path) -> None:
