@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from gorgo_plugin.decision import Decision, Prompt
 from gorgo_plugin.envoy_ext_proc.messages import Served
 from gorgo_plugin.runtime import Runtime
@@ -19,6 +21,7 @@ class EnvoyAttempt(Attempt):
         id: names it to the observing stream.
         endpoint: its path, as one of `prompt.endpoints`.
         reads_usage: its answer ends with a usage.
+        over: what the stream that routed it waits for.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class EnvoyAttempt(Attempt):
         self.id = id
         self.endpoint = endpoint
         self.reads_usage = reads_usage
+        self.over: asyncio.Future[None] | None = None
         self._served = False
         self._unsettled = False
 

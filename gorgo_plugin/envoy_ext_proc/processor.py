@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,9 +28,10 @@ from gorgo_plugin.runtime import Runtime
 # Envoy ends a stream and resets it at once. To send a status into that, as returning does, fails, and gRPC never frees
 # what a failed operation took, nor one whose awaiter was cancelled (its issue 43360): 80 bytes each, which no trim can
 # get round. So a stream that Envoy has ended does not return before the reset, if one comes, and what follows a
-# decision, where most streams are that are reset, is not cancelled.
+# decision, where most streams are that are reset, is a task of its own, which no reset cancels.
 RESET_WITHIN_S = 0.05
-# How long an attempt is open to its observing stream when its request is over; the two are milliseconds apart.
+# How long an attempt is open to its observing stream when its request is over, and its own stream to its reset; they
+# are milliseconds apart.
 KEPT_S = 0.5
 TIDY_S = 0.1  # one timer for all requests: one each would cost a twentieth of the service's work
 ASK_AFTER = 0.6  # share of the message timeout after which the service asks for more
@@ -51,6 +53,7 @@ class Processor:
         self.runtime = runtime
         self.streams = 0
         self._attempts: dict[str, EnvoyAttempt] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds none
         self._left: deque[tuple[float, EnvoyAttempt]] = deque()  # when its request was over; the first ones first
         # How ids begin: a stream that outlives a restart must not meet another request's attempt.
         self._boot = secrets.token_hex(4) + "-"
@@ -92,6 +95,15 @@ class Processor:
         self._attempts[attempt.id] = attempt
         return attempt
 
+    async def follow(self, attempt: EnvoyAttempt, steps: Coroutine[Any, Any, None]) -> None:
+        """Take the steps up to `left`, whatever becomes of the stream that waits here: until a moment after."""
+        loop = asyncio.get_running_loop()
+        attempt.over = loop.create_future()
+        task = loop.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await attempt.over
+
     def left(self, attempt: EnvoyAttempt) -> None:
         """The request of an attempt is over; what its observing stream may still bring is taken for a moment."""
         attempt.left(self._watched)
@@ -106,6 +118,8 @@ class Processor:
             _, attempt = self._left.popleft()
             del self._attempts[attempt.id]
             attempt.settle()
+            if attempt.over is not None and not attempt.over.done():  # no reset has come
+                attempt.over.set_result(None)
         if self._left:
             loop.call_later(TIDY_S, self._tidy)
 
@@ -166,8 +180,8 @@ class _Routing:
             elif isinstance(content, bytes) and head is not None:
                 answer = await self._route(content, head)
                 if self._attempt is not None:
-                    await asyncio.shield(self._follow(answer, self._attempt))
-                    return True
+                    await self._processor.follow(self._attempt, self._follow(answer, self._attempt))
+                    return False
                 await write(answer)
             elif kind in UNCHANGED:
                 await write(UNCHANGED[kind])
@@ -190,6 +204,9 @@ class _Routing:
                         await write(messages.answer_headers(attempt.headers()))
                     elif kind in UNCHANGED:
                         await write(UNCHANGED[kind])
+        except Exception as error:  # noqa: BLE001 (the stream fails with it, if it is still there)
+            if attempt.over is not None and not attempt.over.done():
+                attempt.over.set_exception(error)
         finally:
             self._processor.left(attempt)
 

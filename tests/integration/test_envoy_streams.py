@@ -142,6 +142,19 @@ async def test_a_reset_cuts_no_read_and_ends_the_flight(service: Service) -> Non
     assert service.processor.streams == 0
 
 
+async def test_what_cannot_be_read_after_a_decision_fails_the_stream_and_ends_the_flight(service: Service) -> None:
+    call, stream = await routed(service)
+    await call.write(b"\xff")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await asyncio.wait_for(call.read(), 5)
+    await asyncio.wait_for(stream.ended.wait(), 5)
+    async with asyncio.timeout(5):
+        while sum(service.processor.runtime.status()["flights"].values()):
+            await asyncio.sleep(0.01)
+    assert service.processor.streams == 0
+    assert not service.processor._tasks
+
+
 async def test_a_reset_while_an_answer_is_written_is_no_error(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
