@@ -1,8 +1,8 @@
 """Use the simulator as a library: two policies and weights of one's own, on a fleet whose nearest engine slows down.
 
-Run it with `python examples/simulate_by_hand.py` (needs the extra `demo`); `gorgo simulate` does the same for traces, with
-plots. Where the round trip is all but free of charge ("no network") more goes to the farther regions: the median pays for
-it, while the tail, which is queue, gains a little.
+Run it with `python examples/simulate_by_hand.py` (needs the extra `demo`); `gorgo simulate` does the same for traces,
+with plots. Where the round trip is all but free of charge ("no network") more goes to the farther regions: the median
+pays for it, while the tail, which is queue, gains a little.
 """
 
 from pathlib import Path
