@@ -46,7 +46,7 @@ class Processor:
     """Answers Envoy. No request fails for what happens in here: without a decision Envoy serves it as it would anyway.
 
     Attributes:
-        streams: streams that Envoy has open now.
+        streams: streams that Envoy has open now, or ended a moment ago without a reset.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -106,22 +106,24 @@ class Processor:
 
     def left(self, attempt: EnvoyAttempt) -> None:
         """The request of an attempt is over; what its observing stream may still bring is taken for a moment."""
-        attempt.left(self._watched)
         loop = asyncio.get_running_loop()
         self._left.append((loop.time(), attempt))
         if len(self._left) == 1:
             loop.call_later(TIDY_S, self._tidy)
+        attempt.left(self._watched)
 
     def _tidy(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._left and self._left[0][0] <= loop.time() - KEPT_S:
-            _, attempt = self._left.popleft()
-            del self._attempts[attempt.id]
-            attempt.settle()
-            if attempt.over is not None and not attempt.over.done():  # no reset has come
-                attempt.over.set_result(None)
-        if self._left:
-            loop.call_later(TIDY_S, self._tidy)
+        try:
+            while self._left and self._left[0][0] <= loop.time() - KEPT_S:
+                _, attempt = self._left.popleft()
+                del self._attempts[attempt.id]
+                if attempt.over is not None and not attempt.over.done():  # no reset has come
+                    attempt.over.set_result(None)
+                attempt.settle()
+        finally:
+            if self._left:
+                loop.call_later(TIDY_S, self._tidy)
 
     def unrouted(self, reason: str, error: Exception | None = None) -> None:
         """A request is left to Envoy."""

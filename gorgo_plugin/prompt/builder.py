@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from hashlib import sha256
+from math import isfinite
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,7 +20,7 @@ from gorgo_plugin.prefix import Blocks, block_hasher
 from gorgo_plugin.prompt.bodies import RawPrompts, Request, parse, read_request
 from gorgo_plugin.prompt.cache import SegmentCache
 from gorgo_plugin.prompt.continuation import Continuations, Known, Prepared
-from gorgo_plugin.prompt.conversation import Conversation, Media, as_mapping, as_text
+from gorgo_plugin.prompt.conversation import Conversation, Media, as_text
 from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.recall import EMPTY, GoneOn, Recall, Recalled, Stretch
@@ -31,6 +33,9 @@ PSEUDO_TOKEN = 0x8000_0000  # ids from here on stand for media: no vocabulary re
 # All the media of one prompt together; a tiny part of a body could else stand for any number of tokens.
 PSEUDO_TOKENS_MAX = 1_000_000
 CONTINUATIONS_SHARE = 2  # they may take half as much again as the messages by themselves
+WRITTEN_CHARS = 1_000_000  # of a mapping that is written as JSON, in one go of up to some milliseconds
+_ONE_VALUE = (str, int, bool, type(None))
+_turn = itemgetter("role", "content")
 _MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 
 
@@ -159,17 +164,19 @@ class PromptBuilder:
     def _written(self, body: bytes | Mapping[str, Any], name: str | None) -> bytes | None:
         """A chat as JSON, in which the known part of a conversation is found; None where it is read as it is.
 
-        To write a mapping takes a fraction of what it takes to render messages and to look them up one by one.
+        To write a mapping takes a fraction of what it takes to render messages and to look them up one by one. It is
+        done where nothing but texts is in it, so that what is written is what was given, and as long as was weighed.
         """
         if type(body) is bytes:
             return body
-        given = as_mapping(body)
-        model = self._models.get(as_text(given and given.get("model")) if name is None else name, self._default)
-        if given is None or model.answer_header is None:
+        if type(body) is not dict or not _is_plain(body):
+            return None
+        model = self._models.get(as_text(body.get("model")) if name is None else name, self._default)
+        if model.answer_header is None:
             return None
         try:
-            return msgspec.json.encode(given, enc_hook=_written_as)
-        except Exception:  # noqa: BLE001 (it may hold objects of any behaviour)
+            return msgspec.json.encode(body)
+        except UnicodeEncodeError:
             return None
 
     def _plan_chat(self, body: bytes, name: str | None, pause: Callable[[], None]) -> Plan:
@@ -302,11 +309,22 @@ class PromptBuilder:
         return {"models": models, "cache": cache, "continuations": self._continuations.describe()}
 
 
-def _written_as(value: Any) -> Mapping[str, Any]:
-    found = as_mapping(value)
-    if found is None:
-        raise TypeError(f"{type(value).__name__} is nothing that JSON has")
-    return dict(found)
+def _is_plain(body: Mapping[Any, Any]) -> bool:
+    """Whether a chat is messages of a role and a text, as many as are worth while, and fields of one value each."""
+    messages = body.get("messages")
+    aside = [value for name, value in body.items() if name != "messages"]
+    if {*map(type, body)} != {str} or type(messages) is not list:
+        return False
+    if not all(type(value) in _ONE_VALUE or (type(value) is float and isfinite(value)) for value in aside):
+        return False
+    if {*map(type, messages)} != {dict} or {*map(len, messages)} != {2}:
+        return False
+    try:
+        turns = [*map(_turn, messages)]
+    except KeyError:
+        return False
+    roles, contents = zip(*turns, strict=True)
+    return {*map(type, roles), *map(type, contents)} == {str} and sum(map(len, contents)) <= WRITTEN_CHARS
 
 
 def _goes_on(content: Conversation | RawPrompts) -> bool:

@@ -1,8 +1,8 @@
 """Chats that go on: a body whose beginning was prepared before is read, rendered and tokenized from there.
 
 Clients send a whole conversation with every turn. What they sent the last time, up to the end of its last message, is
-found again by its length and hash; no text is kept. It takes a template that prints each message by itself, whatever
-follows it, as ChatML does.
+found again by its length and hash; no text of theirs is kept. It takes a template that prints each message by itself,
+whatever follows it, as ChatML does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 import xxhash
 from cachetools import LRUCache
 
+from gorgo_plugin.prompt.bodies import SALTS
 from gorgo_plugin.prompt.cache import ENTRY_BYTES
 from gorgo_plugin.prompt.vocabulary import Ids
 
@@ -24,6 +25,7 @@ OBJECTS_LOOKED_AT = 512  # before one begins where the known part ended; code an
 HASHED = 4  # beginnings that end as a known one does; a second one of them is made to look so
 CLOSINGS_LOOKED_AT = 8  # places where the list of messages may end
 AFTER_BYTES = 64 * 1024  # of the fields after the messages
+JSON_AS_OBJECTS = 6  # times its length is what JSON takes when it is decoded
 _COMMA = ord(",")
 _MARK_BYTES = 32  # in front of an end; enough to tell it from others at the same place
 
@@ -60,6 +62,7 @@ class Known(NamedTuple):
         digest: hash of its bytes.
         head: the fields in front of the messages.
         tools: as the body had them, wherever; they are rendered in front of the messages.
+        aside_bytes: what these two take.
         model, ids, hashes, exact: as in `Prepared`.
         messages: how many there are.
     """
@@ -68,6 +71,7 @@ class Known(NamedTuple):
     digest: int
     head: Mapping[str, Any]
     tools: Any
+    aside_bytes: int
     model: str
     ids: Ids
     hashes: bytes
@@ -131,9 +135,13 @@ class Continuations:
             return
         names = list(fields)
         head = {name: fields[name] for name in names[: names.index("messages")]}
+        if not head.keys().isdisjoint(SALTS):
+            return  # a secret between a tenant and its engine is not kept
         messages = prepared.messages + (0 if before is None else before.messages)
+        tools = fields.get("tools")
+        aside_bytes = JSON_AS_OBJECTS * len(msgspec.json.encode((head, tools)))
         model, ids, hashes, exact, _ = prepared
-        known = Known(end, _digest(body, end), head, fields.get("tools"), model, ids, hashes, exact, messages)
+        known = Known(end, _digest(body, end), head, tools, aside_bytes, model, ids, hashes, exact, messages)
         with self._lock:
             if _size(known) <= self._known.maxsize:
                 self._known[end, _mark(body, end)] = known
@@ -204,4 +212,4 @@ def _same_json(one: Any, other: Any) -> bool:
 
 
 def _size(known: Known) -> int:
-    return known.ids.nbytes + len(known.hashes) + ENTRY_BYTES
+    return known.ids.nbytes + len(known.hashes) + known.aside_bytes + ENTRY_BYTES

@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 from gorgo_plugin.decision import Decision, verdict_on
 from gorgo_plugin.settings import Settings
 
-NOTED_EVENTS = 256  # counted at once; each costs a third of what it would cost by itself, between other work
+NOTED_EVENTS = 512  # counted at once; each costs a third of what it would cost by itself, between other work
 OTHER = "other"  # label of replicas and models that the settings do not name, so that clients cannot make series
 
 # Seconds; a decision takes tens of microseconds, a cold long prompt a tenth of a second.
@@ -135,8 +135,6 @@ DERIVED: tuple[Family, ...] = (
 
 Count: TypeAlias = Callable[[float], None]
 """Adds an amount to one series: a counter's `inc` or a histogram's `observe`."""
-Sample: TypeAlias = tuple[float, tuple[str, ...]]
-"""An amount, and the series it counts in: the family's name and the values of its own labels."""
 Reading: TypeAlias = tuple[str, tuple[str, ...], float]
 """Name of a derived family, the values of its labels, its value."""
 _ADDED_UP = frozenset({"gorgo_flights_open", "gorgo_queued_tokens", "gorgo_flights_swept_total"})
@@ -149,14 +147,13 @@ class Metrics:
         self._families, self._derived = _registered(registry)
         self._source: Source | None = None
         self._counts: dict[tuple[str, ...], Count] = {}
-        self._noted: deque[tuple[Callable[..., Iterable[Sample]], tuple[Any, ...]]] = deque()
+        self._noted: deque[tuple[Count, float]] = deque()
         self._worker = str(os.getpid())
         self._derived.noting.add(self)
         self.set_settings(settings)
 
     def set_settings(self, settings: Settings) -> None:
         """Take over the names that may become labels."""
-        self.flush()  # what was noted goes by those before
         self._regions = {replica.name: replica.region for replica in settings.replicas}
         served = {model for replica in settings.replicas for model in replica.models or ()}
         self._models = frozenset({"", *settings.models, *served})
@@ -185,101 +182,89 @@ class Metrics:
         noted, totals = self._noted, dict[Count, float]()
         with contextlib.suppress(IndexError):  # empty, or another thread is at it as well
             while True:
-                samples, event = noted.popleft()
-                for amount, key in samples(*event):
-                    count = self._counts.get(key) or self._count(key)
-                    if count.__name__ == "inc":
-                        totals[count] = totals.get(count, 0.0) + amount
-                    else:
-                        count(amount)
+                count, amount = noted.popleft()
+                if count.__name__ == "inc":
+                    totals[count] = totals.get(count, 0.0) + amount
+                else:
+                    count(amount)
         for count, total in totals.items():
             count(total)
 
     def prepared(self, seconds: float, where: Literal["inline", "executor"]) -> None:
         """A prompt was prepared."""
-        self._note(_sample, seconds, "gorgo_prepare_seconds", where)
+        self._note(seconds, "gorgo_prepare_seconds", where)
 
     def prompt_error(self, model: str) -> None:
         """A request body could not be read."""
-        self._note(_sample, 1.0, "gorgo_prompt_errors_total", self._model(model))
+        self._note(1.0, "gorgo_prompt_errors_total", self._model(model))
 
     def decided(self, decision: Decision, model: str, seconds: float) -> None:
         """A request was routed in `seconds`."""
-        self._note(self._decided, decision.replica, decision.reason, model, seconds)
-
-    def _decided(self, replica: str, reason: str, model: str, seconds: float) -> Iterator[Sample]:
-        yield 1.0, ("gorgo_decisions_total", *self._flight(replica, model), self._policy, reason)
-        yield seconds, ("gorgo_decision_seconds", self._policy)
+        labels = (*self._flight(decision.replica, model), self._policy, decision.reason)
+        self._note(1.0, "gorgo_decisions_total", *labels)
+        self._note(seconds, "gorgo_decision_seconds", self._policy)
 
     def first_token(self, replica: str, model: str, ttft_s: float, predicted_s: float | None) -> None:
         """A streamed answer began `ttft_s` after its dispatch; `predicted_s` is None when it was unpriced."""
-        self._note(self._first_token, replica, model, ttft_s, predicted_s)
-
-    def _first_token(self, replica: str, model: str, ttft_s: float, predicted_s: float | None) -> Iterator[Sample]:
         labels = self._flight(replica, model)
-        yield ttft_s, ("gorgo_ttft_seconds", *labels)
+        self._note(ttft_s, "gorgo_ttft_seconds", *labels)
         if predicted_s is not None:
             error_s = ttft_s - predicted_s
-            yield abs(error_s), ("gorgo_ttft_error_seconds", *labels, "late" if error_s >= 0 else "early")
+            sign = "late" if error_s >= 0 else "early"
+            self._note(abs(error_s), "gorgo_ttft_error_seconds", *labels, sign)
 
     def usage(
         self, replica: str, model: str, prompt_tokens: int, estimated_cached: int, reported_cached: int | None
     ) -> None:
         """An engine reported its usage; `reported_cached` is None when it does not tell cached tokens."""
-        self._note(self._usage, replica, model, prompt_tokens, estimated_cached, reported_cached)
-
-    def _usage(
-        self, replica: str, model: str, prompt_tokens: int, estimated_cached: int, reported_cached: int | None
-    ) -> Iterator[Sample]:
         labels = self._flight(replica, model)
-        yield max(prompt_tokens, 0), ("gorgo_prompt_tokens_total", *labels)
+        self._note(max(prompt_tokens, 0), "gorgo_prompt_tokens_total", *labels)
         if reported_cached is not None:
-            yield max(estimated_cached, 0), ("gorgo_estimated_cached_tokens_total", *labels)
-            yield max(reported_cached, 0), ("gorgo_reported_cached_tokens_total", *labels)
-            block_tokens = self._own_block_tokens.get(model, self._block_tokens)
-            verdict = verdict_on(estimated_cached, reported_cached, block_tokens)
-            yield 1.0, ("gorgo_cached_estimates_total", *labels, verdict)
+            self._note(max(estimated_cached, 0), "gorgo_estimated_cached_tokens_total", *labels)
+            self._note(max(reported_cached, 0), "gorgo_reported_cached_tokens_total", *labels)
+            verdict = verdict_on(
+                estimated_cached, reported_cached, self._own_block_tokens.get(model, self._block_tokens)
+            )
+            self._note(1.0, "gorgo_cached_estimates_total", *labels, verdict)
 
     def failed(self, replica: str, kind: str) -> None:
         """An attempt failed; kinds as in `Router.fail`."""
-        self._note(_sample, 1.0, "gorgo_failures_total", *self._replica(replica), kind)
+        self._note(1.0, "gorgo_failures_total", *self._replica(replica), kind)
 
     def fell_back(self, reason: str) -> None:
         """The gateway's own strategy made a choice; `reason` is one of a fixed set of kebab-case words."""
-        self._note(_sample, 1.0, "gorgo_fallbacks_total", reason)
+        self._note(1.0, "gorgo_fallbacks_total", reason)
 
     def probe_failed(self, replica: str, kind: str) -> None:
         """A probe got no answer."""
-        self._note(_sample, 1.0, "gorgo_probe_failures_total", *self._replica(replica), kind)
+        self._note(1.0, "gorgo_probe_failures_total", *self._replica(replica), kind)
 
     def scrape_failed(self, replica: str, kind: str) -> None:
         """An engine's metrics page could not be read."""
-        self._note(_sample, 1.0, "gorgo_scrape_failures_total", *self._replica(replica), kind)
+        self._note(1.0, "gorgo_scrape_failures_total", *self._replica(replica), kind)
 
     def kv_events(self, replica: str, events: int) -> None:
         """Events of an engine's KV cache were taken in."""
-        self._note(_sample, float(events), "gorgo_kv_events_total", *self._replica(replica))
+        self._note(float(events), "gorgo_kv_events_total", *self._replica(replica))
 
     def kv_trouble(self, replica: str, kind: str) -> None:
         """The events of an engine's KV cache were broken."""
-        self._note(_sample, 1.0, "gorgo_kv_event_troubles_total", *self._replica(replica), kind)
+        self._note(1.0, "gorgo_kv_event_troubles_total", *self._replica(replica), kind)
 
     def settings_refused(self) -> None:
         """A reload was refused."""
-        self._note(_sample, 1.0, "gorgo_settings_errors_total")
+        self._note(1.0, "gorgo_settings_errors_total")
 
-    def _note(self, samples: Callable[..., Iterable[Sample]], *event: Any) -> None:
-        """Note an event; `samples` says later what it counts as."""
-        self._noted.append((samples, event))
+    def _note(self, amount: float, *key: str) -> None:
+        """Note an event; `key` is the family's name and the values of its own labels."""
+        count = self._counts.get(key)
+        if count is None:
+            name, *labels = key
+            series = self._families[name].labels(*labels, self._worker)
+            count = self._counts[key] = series.inc if isinstance(self._families[name], Counter) else series.observe
+        self._noted.append((count, amount))
         if len(self._noted) >= NOTED_EVENTS:
             self.flush()
-
-    def _count(self, key: tuple[str, ...]) -> Count:
-        name, *labels = key
-        series = self._families[name].labels(*labels, self._worker)
-        count: Count = series.inc if isinstance(self._families[name], Counter) else series.observe
-        self._counts[key] = count
-        return count
 
     def names(self, model: str) -> bool:
         """Whether the settings name a model; one of no name is meant, too."""
@@ -295,10 +280,6 @@ class Metrics:
     def _flight(self, replica: str, model: str) -> tuple[str, str, str]:
         known = self._flights.get((replica, model))
         return (*self._replica(replica), self._model(model)) if known is None else known
-
-
-def _sample(amount: float, *key: str) -> tuple[Sample]:
-    return ((amount, key),)
 
 
 @dataclass(frozen=True, eq=False)

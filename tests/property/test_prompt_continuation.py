@@ -112,7 +112,7 @@ def body(messages: list[Any], before: dict[str, Any], after: dict[str, Any], spa
     )
 
 
-def prepared(builder: PromptBuilder, sent: bytes | dict[str, Any]) -> Prompt | str:
+def prepared(builder: PromptBuilder, sent: Any) -> Prompt | str:
     try:
         return builder.prepare(sent, CHAT)
     except PromptError as error:
@@ -159,7 +159,7 @@ def test_a_chat_that_goes_on_is_prepared_as_if_it_came_for_the_first_time(bodies
 @given(talks())
 def test_a_mapping_that_goes_on_is_prepared_as_if_it_came_for_the_first_time(bodies: list[bytes]) -> None:
     for given_as in map(json.loads, bodies):
-        assert_alike(prepared(going_on(), given_as), prepared(forgetful(), given_as))
+        assert_alike(prepared(going_on(), given_as), as_it_is(given_as))
 
 
 @pytest.mark.parametrize(
@@ -194,34 +194,71 @@ class Turn(BaseModel):
     tool_calls: list[Any] | None = None
 
 
-@pytest.mark.parametrize(
-    "made", [dict, MappingProxyType, lambda fields: Turn(**fields)], ids=["dict", "proxy", "pydantic"]
-)
-def test_a_mapping_goes_on_whatever_its_messages_are(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+def test_a_mapping_of_texts_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(Known, "rest", lambda self, body, rest=Known.rest: found.append(rest(self, body)) or found[-1])
     builder = PromptBuilder(Settings(), secret=b"s")
     messages = [LONG]
     for turn in range(3):
         messages = [*messages, {"role": "assistant", "content": "a"}, {"role": "user", "content": f"{turn}"}]
-        sent = {"model": "m", "messages": tuple(map(made, messages)), "stream": True}
-        assert_alike(
-            builder.prepare(MappingProxyType(sent), CHAT), prepared(forgetful(), {**sent, "messages": messages})
-        )
+        sent = {"model": "m", "temperature": 0.5, "messages": messages, "stream": True}
+        assert_alike(builder.prepare(sent, CHAT), as_it_is(sent))
     assert [rest is not None for rest in found] == [True, True]
 
 
-@pytest.mark.parametrize("odd", ["\ud800", object(), {1: 2}, float("nan"), 10**30, b"bytes", lambda: None], ids=repr)
-def test_a_mapping_that_json_cannot_hold_is_read_as_it_is(odd: Any) -> None:
+def as_it_is(sent: Any) -> Prompt | str:
+    """What becomes of a mapping that is not written as JSON."""
+    with patch.object(PromptBuilder, "_written", lambda *_: None):
+        return prepared(forgetful(), sent)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "\ud800",
+        object(),
+        {1: 2},
+        float("nan"),
+        10**30,
+        b"bytes",
+        {"a", "b"},
+        [1, "x" * 9_000],
+        {"x" * 9_000: 1},
+        [0.5] * 9_000,
+    ],
+    ids=lambda odd: f"{odd!r:.20}",
+)
+def test_a_mapping_of_more_than_texts_is_read_as_it_is(odd: Any) -> None:
     messages = [LONG, {"role": "user", "content": "hi"}]
-    plain = forgetful().prepare({"messages": messages}, CHAT)
-    aside = [LONG, {"role": "user", "content": "hi", "extra": odd}]
-    for sent in ({"messages": aside}, {"messages": messages, "top_k": odd}, {"top_k": odd, "messages": messages}):
-        assert_alike(going_on().prepare(sent, CHAT), plain)
-    assert_alike(
-        prepared(going_on(), {"messages": [LONG, {"role": "user", "content": odd}]}),
-        prepared(forgetful(), {"messages": [LONG, {"role": "user", "content": odd}]}),
-    )
+    for sent in (
+        {"messages": [LONG, {"role": "user", "content": "hi", "extra": odd}]},
+        {"messages": [LONG, {"role": "user", "content": odd}]},
+        {"messages": [LONG, {"role": odd, "content": "hi"}]},
+        {"messages": messages, "documents": odd},
+        {"tools": odd, "messages": messages},
+        {"user": odd, "messages": messages},
+        {"messages": messages, "model": odd},
+        {"messages": odd},
+        {"messages": tuple(messages)},
+        {"messages": [*map(MappingProxyType, messages)]},
+        {"messages": [Turn(**fields) for fields in messages]},
+    ):
+        for _ in range(2):
+            assert_alike(prepared(going_on(), sent), as_it_is(sent))
+
+
+def test_what_is_kept_beside_the_messages_counts_and_salts_are_not_kept() -> None:
+    builder = PromptBuilder(Settings.model_validate({"prepare": {"cache_bytes": 2_000_000}}), secret=b"s")
+    for number in range(50):
+        documents = [{"title": f"{number}", "text": "word " * 10_000}]
+        builder.prepare(body([{**LONG, "name": f"{number}"}], {"documents": documents}, {}, False), CHAT)
+    held = builder.describe()["continuations"]
+    assert 0 < held["conversations"] < 5
+    before = held["conversations"]
+    builder.prepare(body([LONG], {"cache_salt": "secret"}, {}, False), CHAT)
+    assert builder.describe()["continuations"]["conversations"] == before
+    builder.prepare(body([LONG], {}, {"cache_salt": "secret"}, False), CHAT)
+    assert b"secret" not in repr(dict(builder._continuations._known)).encode()
 
 
 def test_conversations_that_go_on_are_found_again_and_bounded_in_bytes() -> None:
