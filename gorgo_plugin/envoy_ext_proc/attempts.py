@@ -61,6 +61,15 @@ class EnvoyAttempt(Attempt):
         else:
             self._unsettled = True
 
+    def end_wait(self, error: Exception | None = None) -> None:
+        """Let its stream go, with an error or without, unless a reset has."""
+        if self.over is None or self.over.done():
+            return
+        if error is None:
+            self.over.set_result(None)
+        else:
+            self.over.set_exception(error)
+
     def settle(self) -> None:
         """Nothing more will be seen of a request that left: decide how it ended."""
         if not self._unsettled or self.closed is not None:

@@ -118,8 +118,7 @@ class Processor:
             while self._left and self._left[0][0] <= loop.time() - KEPT_S:
                 _, attempt = self._left.popleft()
                 del self._attempts[attempt.id]
-                if attempt.over is not None and not attempt.over.done():  # no reset has come
-                    attempt.over.set_result(None)
+                attempt.end_wait()
                 attempt.settle()
         finally:
             if self._left:
@@ -207,8 +206,7 @@ class _Routing:
                     elif kind in UNCHANGED:
                         await write(UNCHANGED[kind])
         except Exception as error:  # noqa: BLE001 (the stream fails with it, if it is still there)
-            if attempt.over is not None and not attempt.over.done():
-                attempt.over.set_exception(error)
+            attempt.end_wait(error)
         finally:
             self._processor.left(attempt)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from math import isfinite
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,7 +20,7 @@ from gorgo_plugin.prefix import Blocks, block_hasher
 from gorgo_plugin.prompt.bodies import RawPrompts, Request, parse, read_request
 from gorgo_plugin.prompt.cache import SegmentCache
 from gorgo_plugin.prompt.continuation import Continuations, Known, Prepared
-from gorgo_plugin.prompt.conversation import Conversation, Media, as_text
+from gorgo_plugin.prompt.conversation import Conversation, Media, as_text, plain_texts
 from gorgo_plugin.prompt.endpoints import CHAT, endpoint_of
 from gorgo_plugin.prompt.model import PromptModel
 from gorgo_plugin.prompt.recall import EMPTY, GoneOn, Recall, Recalled, Stretch
@@ -35,7 +35,6 @@ PSEUDO_TOKENS_MAX = 1_000_000
 CONTINUATIONS_SHARE = 2  # they may take half as much again as the messages by themselves
 WRITTEN_CHARS = 1_000_000  # of a mapping that is written as JSON, in one go of up to some milliseconds
 _ONE_VALUE = (str, int, bool, type(None))
-_turn = itemgetter("role", "content")
 _MARKER = re.compile("(\ue000[0-9a-f]{32}\ue001)")
 
 
@@ -176,7 +175,7 @@ class PromptBuilder:
             return None
         try:
             return msgspec.json.encode(body)
-        except UnicodeEncodeError:
+        except ValueError:  # half a surrogate pair, or a number of too many digits
             return None
 
     def _plan_chat(self, body: bytes, name: str | None, pause: Callable[[], None]) -> Plan:
@@ -310,21 +309,15 @@ class PromptBuilder:
 
 
 def _is_plain(body: Mapping[Any, Any]) -> bool:
-    """Whether a chat is messages of a role and a text, as many as are worth while, and fields of one value each."""
+    """Whether a chat is messages of a role and a text and fields of one value each, of `WRITTEN_CHARS` at most."""
     messages = body.get("messages")
+    texts = plain_texts(messages) if type(messages) is list else []
     aside = [value for name, value in body.items() if name != "messages"]
-    if {*map(type, body)} != {str} or type(messages) is not list:
+    if not texts or {*map(type, body)} != {str}:
         return False
     if not all(type(value) in _ONE_VALUE or (type(value) is float and isfinite(value)) for value in aside):
         return False
-    if {*map(type, messages)} != {dict} or {*map(len, messages)} != {2}:
-        return False
-    try:
-        turns = [*map(_turn, messages)]
-    except KeyError:
-        return False
-    roles, contents = zip(*turns, strict=True)
-    return {*map(type, roles), *map(type, contents)} == {str} and sum(map(len, contents)) <= WRITTEN_CHARS
+    return sum(map(len, chain(texts, body, (value for value in aside if type(value) is str)))) <= WRITTEN_CHARS
 
 
 def _goes_on(content: Conversation | RawPrompts) -> bool:

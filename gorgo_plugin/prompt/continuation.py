@@ -139,7 +139,10 @@ class Continuations:
             return  # a secret between a tenant and its engine is not kept
         messages = prepared.messages + (0 if before is None else before.messages)
         tools = fields.get("tools")
-        aside_bytes = JSON_AS_OBJECTS * len(msgspec.json.encode((head, tools)))
+        if before is not None and (head, tools) == (before.head, before.tools):
+            aside_bytes = before.aside_bytes
+        else:
+            aside_bytes = JSON_AS_OBJECTS * len(msgspec.json.encode((head, tools)))
         model, ids, hashes, exact, _ = prepared
         known = Known(end, _digest(body, end), head, tools, aside_bytes, model, ids, hashes, exact, messages)
         with self._lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +30,8 @@ class Media:
     payload: str
 
 
+ROLE_CHARS = 64  # a longer role is a text that has to be weighed
+_turn = itemgetter("role", "content")
 Part = str | Media
 Content = str | list[Part]
 
@@ -87,6 +90,23 @@ def as_list(value: Any) -> Sequence[Any] | None:
 def as_text(value: Any) -> str:
     """A string as it is; "" for anything else."""
     return value if isinstance(value, str) else ""
+
+
+def plain_texts(messages: Sequence[Any]) -> list[str]:
+    """The contents of messages that are a short role and a text, as most are; nothing where one is not.
+
+    A prompt may have a thousand of them, so there is no loop in Python.
+    """
+    if not messages or type(messages[0]) is not dict:  # token ids may be a million
+        return []
+    if {*map(type, messages)} != {dict} or {*map(len, messages)} != {2}:
+        return []
+    try:
+        roles, contents = zip(*map(_turn, messages), strict=True)
+    except KeyError:
+        return []
+    plain = {*map(type, roles), *map(type, contents)} == {str} and max(map(len, roles)) <= ROLE_CHARS
+    return list(contents) if plain else []
 
 
 def stable_json(value: Any) -> str:

@@ -7,12 +7,11 @@ import contextlib
 import functools
 import logging
 import math
-import operator
 import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +19,7 @@ from gorgo_plugin.decision import Prompt
 from gorgo_plugin.errors import PromptError, SettingsError
 from gorgo_plugin.policies import POLICIES
 from gorgo_plugin.prompt import Plan
+from gorgo_plugin.prompt.conversation import plain_texts
 from gorgo_plugin.prompt.endpoints import CHAT
 from gorgo_plugin.router import Router
 from gorgo_plugin.runtime import scraper, status
@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 
 # Characters of a body that are read on the event loop; reading a longer one, not only tokenizing it, goes to a thread.
 PLAN_INLINE_CHARS = 256 * 1024
-_turn = operator.itemgetter("role", "content")
 OBJECT_CHARS = 64  # what a small object takes to read, in characters of text that would take as long
 STOP_TIMEOUT_S = 5.0  # a name lookup that hangs cannot be cancelled; its thread is a daemon and may outlive this
 FLUSH_EVERY_S = 1.0
@@ -300,8 +299,8 @@ def longer_than(body: Body, limit_chars: int) -> bool:
             left -= OBJECT_CHARS
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
-            texts = _texts(value)
-            left -= sum(map(len, texts)) + OBJECT_CHARS * len(texts) if texts else len(value)
+            texts = plain_texts(value)
+            left -= sum(map(len, texts)) + OBJECT_CHARS * len(value) if texts else len(value)
             left -= OBJECT_CHARS * bool(value and isinstance(value[0], list))  # lists in lists, however deep
             if not texts and value and not isinstance(value[0], int):  # token ids: as many as the list is long
                 stack.extend(value)
@@ -311,17 +310,6 @@ def longer_than(body: Body, limit_chars: int) -> bool:
 def _log_doubts(settings: Settings) -> None:
     for doubt in doubts(settings):
         _log.warning("gorgo: %s", doubt)
-
-
-def _texts(messages: Sequence[Any]) -> list[str]:
-    """The contents of messages that hold a role and a text, as most do, without a loop in Python; else nothing."""
-    if not messages or not isinstance(messages[0], dict):
-        return []
-    try:
-        contents, fields = [content for _, content in map(_turn, messages)], {*map(len, messages)}
-    except (TypeError, KeyError, IndexError):
-        return []
-    return contents if fields == {2} and {*map(type, contents)} == {str} else []
 
 
 def _router(settings: Settings, secret: bytes, state: Mapping[str, Any] | None) -> Router:

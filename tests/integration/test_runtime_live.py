@@ -322,6 +322,7 @@ async def test_an_unreadable_body_is_counted_and_raised(listener: int) -> None:
         ({"messages": [{"content": "x" * 60}, {"content": [{"text": "x" * 50}]}]}, True),
         ({"messages": [{"role": "user", "content": "x" * 86}] * 2}, False),
         ({"messages": [{"role": "user", "content": "x" * 87}] * 2}, True),
+        ({"messages": [{"role": "x" * 300, "content": ""}]}, True),
         ({"messages": [{"content": "x", "tool_calls": ["y" * 300]}]}, True),
         ({"prompt": list(range(300))}, False),
         ({"prompt": [list(range(120)), list(range(120))]}, True),
