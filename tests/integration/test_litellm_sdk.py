@@ -123,6 +123,7 @@ def test_a_sync_call_is_routed_without_a_running_loop(make: Any, call: str) -> N
 def test_a_sync_failure_is_retried_elsewhere_and_counted(make: Any, pair: Engines) -> None:
     router, runtime = make()
     router.completion(model="m", messages=MESSAGES)
+    wait_until(lambda: flights(runtime) == 0)  # LiteLLM's thread for callbacks tells that the call is over
     home, other = pair if pair[0].requests else pair[::-1]
     home.behaviour = Behaviour(status=500)
     router.completion(model="m", messages=MESSAGES)
