@@ -1,7 +1,8 @@
 """What the service costs Envoy: no filter, a service that does nothing, and gorgo, in turn, before instant upstreams.
 
 All three have the same Envoy, the same routes and the same upstreams; the service that does nothing has the server, the
-loop, the filters and the messages of gorgo's. CPU is the service process's own (user and system, all threads).
+loop, the filters and the messages of gorgo's, and ends its streams when gorgo does. CPU is the service process's own
+(user and system, all threads).
 """
 
 from __future__ import annotations
