@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gorgo_plugin.decision import Cost, Costs, Decision, Prompt
+from gorgo_plugin.decision import Cost, Costs, Decision, Expected, Prompt
 from gorgo_plugin.policies import View
 from gorgo_plugin.policies.base import total_ms
 from gorgo_plugin.policies.pick import Choice
@@ -31,20 +31,22 @@ class CostTable(Costs):
         self._choice = choice
 
     def __getitem__(self, name: str) -> Cost:
-        names = self._view.names
-        row = self._choice.row  # the one that is asked for most
-        if names[row] != name:
-            try:
-                row = names.index(name)
-            except ValueError:
-                raise KeyError(name) from None
-        return self._at(row)
+        try:
+            return self._at(self._view.names.index(name))
+        except ValueError:
+            raise KeyError(name) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._view.names)
 
     def __len__(self) -> int:
         return len(self._view.names)
+
+    def expected(self) -> Expected:
+        """Of the chosen one."""
+        view, row = self._view, self._choice.row
+        ttft_ms = view.network_ms.item(row) + view.queue_ms.item(row) + view.prefill_ms.item(row)
+        return Expected(ttft_ms, round(view.cached_tokens.item(row)))
 
     def ranked(self) -> list[str]:
         """Names, the chosen one first, then the cheapest."""

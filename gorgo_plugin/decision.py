@@ -6,7 +6,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -172,10 +172,21 @@ class Cost:
         return self.network_ms + self.queue_ms + self.prefill_ms
 
 
+class Expected(NamedTuple):
+    """What is expected of the chosen replica: `Cost.predicted_ttft_ms` and `Cost.cached_tokens`, without the rest."""
+
+    ttft_ms: float
+    cached_tokens: int
+
+
 class Costs(Mapping[str, Cost]):
     """Replica name -> `Cost`, worked out when it is looked at."""
 
     __slots__ = ()
+
+    @abstractmethod
+    def expected(self) -> Expected:
+        """Of the chosen one."""
 
     @abstractmethod
     def ranked(self) -> list[str]:

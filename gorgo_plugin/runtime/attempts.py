@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from gorgo_plugin.decision import Cost, Decision, Prompt
+from gorgo_plugin.decision import Decision, Expected, Prompt
 from gorgo_plugin.runtime.outcomes import Usage
 from gorgo_plugin.runtime.runtime import Runtime
 from gorgo_plugin.runtime.threads import LatePrompt
@@ -16,7 +16,7 @@ class Attempt:
     Attributes:
         flight_id: its flight in the router.
         replica, region: where it is.
-        cost: what it was predicted to cost; None once it was moved, as that was not predicted.
+        expected: of its replica; None once it was moved, as that was not predicted.
         streamed: the first token of its answer will be seen.
         closed: how it ended: `finished` or a kind of failure; None while it has not.
     """
@@ -24,7 +24,7 @@ class Attempt:
     def __init__(self, runtime: Runtime, decision: Decision, prompt: Prompt) -> None:
         # Not the decision itself: it holds on to the prompt, and records outlive their requests.
         self.flight_id, self.replica, self.region = decision.flight_id, decision.replica, decision.region
-        self.cost: Cost | None = decision.costs[decision.replica]
+        self.expected: Expected | None = decision.costs.expected()
         self.streamed = prompt.stream
         self.closed: str | None = None
         self._runtime = runtime
@@ -53,7 +53,7 @@ class Attempt:
         self._began = True
         self._router.first_token(self.flight_id)
         ttft_s = time.monotonic() - self._started_s
-        predicted_s = None if self.cost is None else self.cost.predicted_ttft_ms / 1000.0
+        predicted_s = None if self.expected is None else self.expected.ttft_ms / 1000.0
         self._runtime.metrics.first_token(self.replica, self._model, ttft_s, predicted_s)
 
     def usage(self, usage: Usage) -> None:
@@ -67,7 +67,8 @@ class Attempt:
             cached_tokens=usage.cached_tokens,
             output_tokens=usage.output_tokens,
         )
-        estimated, reported = (0, None) if self.cost is None else (self.cost.cached_tokens, usage.cached_tokens)
+        expected = self.expected
+        estimated, reported = (0, None) if expected is None else (expected.cached_tokens, usage.cached_tokens)
         self._runtime.metrics.usage(self.replica, self._model, usage.prompt_tokens, estimated, reported)
 
     def moved(self, replica: str, failed: bool) -> None:
@@ -77,13 +78,13 @@ class Attempt:
             if failed:
                 self._runtime.metrics.failed(self.replica, "moved")
             regions = {known.name: known.region for known in self._runtime.settings.replicas}
-            self.replica, self.region, self.cost = replica, regions.get(replica, self.region), None
+            self.replica, self.region, self.expected = replica, regions.get(replica, self.region), None
 
     def tried_again(self) -> None:
         """The gateway tried the same replica anew: how long that takes was not predicted and says nothing of it."""
         if self.closed is None:
             self._router.moved(self.flight_id, self.replica)
-            self.cost = None
+            self.expected = None
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer, by `response_headers`."""
@@ -93,9 +94,9 @@ class Attempt:
         headers = {"x-gorgo-region": self.region}
         if shown == "debug":
             headers["x-gorgo-replica"] = self.replica
-            if self.cost is not None:
-                headers["x-gorgo-predicted-ttft-ms"] = f"{self.cost.predicted_ttft_ms:.1f}"
-                headers["x-gorgo-cached-tokens"] = str(self.cost.cached_tokens)
+            if self.expected is not None:
+                headers["x-gorgo-predicted-ttft-ms"] = f"{self.expected.ttft_ms:.1f}"
+                headers["x-gorgo-cached-tokens"] = str(self.expected.cached_tokens)
         return headers
 
     def finish(self) -> None:

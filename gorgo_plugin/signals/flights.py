@@ -199,12 +199,14 @@ class Flights(Table):
         """
         if not self._waiting:
             return np.zeros(len(ms_per_token))
-        columns = self._columns
+        columns, now_ms = self._columns, now_s * 1000.0
         head_ms = columns["head_tokens"][rows] * ms_per_token
-        elapsed_ms = now_s * 1000.0 - columns["head_since_ms"][rows]
+        elapsed_ms = now_ms - columns["head_since_ms"][rows]
         np.maximum(elapsed_ms, _ZERO, out=elapsed_ms)
         queued_ms = columns["queued_tokens"][rows] * ms_per_token
         queued_ms -= np.minimum(elapsed_ms, head_ms)
+        if now_ms - min(columns.cells["head_since_ms"]) <= LATE_AFTER_MS:  # then no head can be late
+            return queued_ms
         late_ms = elapsed_ms  # in place: with three replicas each array costs more than what it holds
         late_ms -= head_ms
         late_ms -= head_ms

@@ -386,6 +386,17 @@ def test_a_replica_that_hangs_gets_dearer_with_every_second() -> None:
     assert late[0] < late[1] < late[2]
 
 
+def test_one_that_hangs_is_late_whoever_else_is_on_time() -> None:
+    flights = ledger()
+    flights.open(flight(1, slot=1))
+    alone = flights.backlog_ms(slice(0, 2), np.array([0.1, 0.1]), 2.0)
+    flights.open(flight(2, at=1.99, slot=0))
+    fresh, hung = flights.backlog_ms(slice(0, 2), np.array([0.1, 0.1]), 2.0)
+    assert (alone[0], hung) == (0.0, alone[1])
+    assert hung > 1000.0
+    assert fresh == pytest.approx(100.0)
+
+
 def test_an_unstreamed_request_stops_blocking_at_its_predicted_prefill_end() -> None:
     flights = ledger()
     flights.open(flight(1, stream=False))  # 50 ms on the way, 100 ms of prefill
