@@ -31,7 +31,7 @@ HOSTS = {
     "ap-northeast.localhost": "ap-northeast",
 }
 SERVICE = "gorgo-ext-proc"
-SLACK_S = 1.0  # for a busy machine
+SLACK_S = 5.0  # for a busy machine
 END = "data: [DONE]\n\n"
 names = (f"c{number}" for number in itertools.count())
 
@@ -63,7 +63,7 @@ def gateway(shared: Gateway, fleet: TlsFleet) -> Gateway:
 def chat(name: str | None = None, turns: int = 1, stream: bool = False) -> dict[str, Any]:
     """A conversation after so many turns; a new one without a name."""
     name = name or next(names)
-    turn = [{"role": "user", "content": f"{name} " * 300}, {"role": "assistant", "content": "hi"}]
+    turn = [{"role": "user", "content": f"{name} " * 1000}, {"role": "assistant", "content": "hi"}]
     return {"model": "m", "stream": stream, "messages": (turn * turns)[:-1]}
 
 
@@ -110,14 +110,14 @@ def test_without_the_service_the_fleet_is_served_evenly_and_once_it_is_there_req
 
         gateway.start_service()
         gateway.wait_for_service()
-        assert is_routed(gateway)
+        wait_until_routed(gateway)
         gateway.wait_until_at_rest()
 
 
 def test_without_the_service_a_request_is_retried_elsewhere(gateway: Gateway, fleet: TlsFleet) -> None:
     gateway.kill_service()
     fleet.engines["us-east"].behaviour.status = 503
-    serves(gateway, 9)
+    serves(gateway, 60)  # each is sent there first by a chance of one in three
     assert len(fleet.engines["us-east"].requests) > 0
 
 
@@ -156,7 +156,7 @@ def test_no_request_fails_when_the_service_is_killed_under_load(gateway: Gateway
             gateway.kill_service()
             wait_until(lambda: routed.count(False) > 50, what="requests without the service")
             gateway.start_service()
-            wait_until(lambda: all(routed[-50:]), 15.0, "routed requests")
+            wait_until(lambda: all(routed[-50:]), 30.0, "routed requests")
         finally:
             stop.set()
         assert [load.result() for load in loads] == [[]] * 8
@@ -212,7 +212,7 @@ def test_a_hung_service_delays_requests_by_its_timeout_until_the_health_check_fi
         delays = [timed(gateway)]
         while gateway.healthy(SERVICE):
             delays.append(timed(gateway))
-        assert delays[0] >= timeout_s
+        assert delays[0] > 0.9 * timeout_s  # timers of Envoy begin with the turn of its loop
         assert max(delays) < timeout_s + SLACK_S
         assert min(timed(gateway) for _ in range(5)) < timeout_s / 2
     finally:
@@ -343,6 +343,7 @@ def test_a_restarted_service_routes_with_a_cleared_state_and_ignores_streams_of_
     gateway: Gateway, fleet: TlsFleet
 ) -> None:
     gateway.post(chat("here before"))
+    gateway.wait_until_at_rest()
     assert int(gateway.post(chat("here before", 2)).headers["x-gorgo-cached-tokens"]) > 0
     # One stream whose first token is seen after the restart, so that its observing stream opens in the new life.
     fleet.behave(before_first_token_s=3.5)

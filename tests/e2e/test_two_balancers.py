@@ -24,7 +24,7 @@ from tests.litellm_proxy import KEY, Proxy, deployment, proxy_config, wait_until
 from tests.stub_engine import Behaviour, StubEngine
 
 ONE_WAY_S = 0.04
-HELD_S = 6.0
+HELD_S = 12.0
 ROOM = 5  # requests in flight below which the policy keeps everything local
 LONG = "a river runs under the bridge " * 400  # some 2,400 tokens
 

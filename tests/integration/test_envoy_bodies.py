@@ -87,7 +87,7 @@ CASES = {
 def process(engine_pair: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     replicas = [{"name": one.name, "region": one.name, "url": one.url} for one in engine_pair]
     # Time enough for the largest bodies on a slow machine; what happens when it is not, a test of its own shows.
-    timeouts = {"message_timeout_s": 2.0, "max_message_timeout_s": 30.0}
+    timeouts = {"message_timeout_s": 10.0, "max_message_timeout_s": 30.0}
     with running(tmp_path_factory.mktemp("bodies"), replicas, envoy=timeouts) as gateway:
         yield gateway
 

@@ -15,7 +15,7 @@ from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from gorgo_plugin import Settings
-from gorgo_plugin.envoy_ext_proc import messages
+from gorgo_plugin.envoy_ext_proc import messages, processor
 from gorgo_plugin.envoy_ext_proc.names import SERVICE
 from gorgo_plugin.envoy_ext_proc.processor import Processor
 from gorgo_plugin.envoy_ext_proc.server import grpc_service
@@ -105,6 +105,12 @@ async def routed(service: Service) -> tuple[Any, Watched]:
     return call, service.streams[-1]
 
 
+@pytest.fixture
+def _resets_may_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "RESET_WITHIN_S", 5.0)
+
+
+@pytest.mark.usefixtures("_resets_may_be_late")
 async def test_a_stream_that_is_ended_and_reset_is_sent_no_status(service: Service) -> None:
     for _ in range(20):
         call, stream = await routed(service)

@@ -58,12 +58,13 @@ async def test_a_replay_measures_every_request_and_finds_the_reuse_of_the_conver
 async def test_requests_leave_at_their_times_whatever_became_of_those_before() -> None:
     requests = conversations(0, ConversationSettings(requests=20, rate_per_s=40.0))
     planned = shots(requests, "m")
-    one_at_a_time = EngineProfile(t0_ms=2.0, a_ms=0.02, decode_ms=0.0, decode_per_request_ms=0.0, max_running=1)
+    one_at_a_time = EngineProfile(t0_ms=2.0, a_ms=0.06, decode_ms=0.0, decode_per_request_ms=0.0, max_running=1)
     began = time.monotonic()
     async with target(one_at_a_time) as to:
         outcomes = await replay(to, planned)
-    assert time.monotonic() - began > 2.0  # arrivals are over after half a second
-    assert max(outcome.late_ms for outcome in outcomes) < 400.0
+    took_s = time.monotonic() - began
+    assert took_s > 4.0  # arrivals are over after half a second
+    assert max(outcome.late_ms for outcome in outcomes) < 1e3 * took_s / 2
 
 
 async def test_a_request_that_is_refused_or_meets_nobody_is_an_error_not_a_measurement() -> None:
@@ -79,7 +80,8 @@ async def test_the_fleets_regions_are_as_far_away_as_they_say(tmp_path: Path) ->
     async with mock_fleet(0, 600_000, tmp_path) as fleet:
         body = b'{"model":"m","messages":[{"role":"user","content":"Hi"}],"max_tokens":1,"stream":true}'
         nearest, middle, far = [
-            (await replay(Target(url, "m", "key"), [Shot(0.0, body)]))[0].ttft_ms or 0.0
+            # A stall makes some later, none earlier.
+            min([(await replay(Target(url, "m", "key"), [Shot(0.0, body)]))[0].ttft_ms or 0.0 for _ in range(5)])
             for url, _child in fleet.values()
         ]
     assert 37 < nearest < 150

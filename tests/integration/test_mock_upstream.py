@@ -213,25 +213,27 @@ async def test_headers_come_long_before_the_first_token() -> None:
     slow = EngineProfile(a_ms=0.5, noise=0.0)
     async with replica(slow) as client:
         began = time.monotonic()
-        async with client.post(CHAT, json=chat(words(2_000), stream=True)) as response:
+        async with client.post(CHAT, json=chat(words(8_000), stream=True)) as response:
             headers_s = time.monotonic() - began
             await response.content.readline()
             content_s = time.monotonic() - began
-    assert headers_s < 0.5
-    assert content_s > 1.0
+    assert content_s > 4.0
+    assert headers_s < content_s / 2
 
 
 async def test_the_injected_round_trip_is_in_health_and_in_the_first_token() -> None:
     async with replica(rtt_ms=300) as client:
-        began = time.monotonic()
-        async with client.get("/health") as response:
-            assert response.status == 200
-        health_s = time.monotonic() - began
-        began = time.monotonic()
-        await post(client, CHAT, chat(max_tokens=1))
-        chat_s = time.monotonic() - began
-    assert 0.3 <= health_s < 0.6  # twice there and back would take that
-    assert 0.3 <= chat_s < 0.6
+        health_s, chat_s = [], []
+        for _ in range(4):
+            began = time.monotonic()
+            async with client.get("/health") as response:
+                assert response.status == 200
+            health_s.append(time.monotonic() - began)
+            began = time.monotonic()
+            await post(client, CHAT, chat(max_tokens=1))
+            chat_s.append(time.monotonic() - began)
+    assert 0.3 <= min(health_s) < 0.6  # twice there and back would take that
+    assert 0.3 <= min(chat_s) < 0.6
 
 
 async def test_chunks_on_a_long_way_back_are_under_way_at_the_same_time() -> None:
@@ -348,7 +350,7 @@ async def test_a_client_that_leaves_frees_the_engine(moment: str) -> None:
         await asyncio.wait([task])
         began = time.monotonic()
         await until_idle(client)
-        assert time.monotonic() - began < 1.5  # a chunk takes 0.4 s, the whole request would take 50 s
+        assert time.monotonic() - began < 4.0  # a chunk takes 0.4 s, the whole request would take 50 s
 
 
 async def _read(client: aiohttp.ClientSession, body: dict[str, Any], moment: str) -> None:
@@ -367,12 +369,12 @@ async def set_fault(client: aiohttp.ClientSession, **fault: Any) -> None:
 
 
 async def test_a_replica_told_to_err_answers_500_at_once_while_its_health_is_good() -> None:
-    async with replica(EngineProfile(a_ms=0.1, noise=0.0)) as client:
+    async with replica(EngineProfile(a_ms=0.4, noise=0.0)) as client:
         await set_fault(client, kind="error")
         began = time.monotonic()
         status, _ = await post(client, CHAT, chat(words(20_000)))
         assert status == 500
-        assert time.monotonic() - began < 1.0  # its prefill would take twice as long
+        assert time.monotonic() - began < 3.0  # its prefill would take three times as long
         async with client.get("/health") as response:
             assert response.status == 200
         await set_fault(client, kind="error", health=True)
@@ -439,15 +441,13 @@ async def test_a_long_cold_prompt_does_not_keep_others_waiting() -> None:
         await post(client, CHAT, chat())
         body = json.dumps(chat(words(90_000), max_tokens=1)).encode()
         task = asyncio.create_task(client.post(CHAT, data=body))
-        started, longest_s = time.monotonic(), 0.0
+        others = 0
         while not task.done():
-            began = time.monotonic()
             async with client.get("/health"):
-                longest_s = max(longest_s, time.monotonic() - began)
-        took_s = time.monotonic() - started
+                others += 1
         async with await task as response:
             assert response.status == 200
-    assert longest_s < took_s / 2  # most of which is tokenizing 450,000 characters
+    assert others > 20  # where 450,000 characters are tokenized on the loop, there are a few before and after
 
 
 async def test_a_body_of_many_megabytes_is_taken() -> None:
