@@ -90,8 +90,12 @@ class Gateway:
 
     def start_envoy(self) -> None:
         """Start Envoy and wait until it serves."""
+        content = envoy_config(self.settings, self.mode)
+        for cluster in content["static_resources"]["clusters"]:
+            if "health_checks" in cluster:  # else Envoy's workers learn up to 1 s later what its admin page tells
+                cluster["common_lb_config"]["update_merge_window"] = "0s"
         config = self.folder / "envoy.yaml"
-        config.write_text(yaml.safe_dump(envoy_config(self.settings, self.mode), sort_keys=False))
+        config.write_text(yaml.safe_dump(content, sort_keys=False))
         with (self.folder / "envoy.log").open("ab") as log:
             self.envoy = subprocess.Popen(
                 [ENVOY, "-c", str(config), "--concurrency", "2", "-l", "warn", "--use-dynamic-base-id"],

@@ -48,7 +48,8 @@ async def test_the_estimate_equals_what_the_engine_reports_also_under_eviction_a
                 while True:
                     async with client.get("/mock/state") as response:
                         blocks = (await response.json())["cached_blocks"]
-                    if runtime.status()["replicas"]["a"]["cache"]["events"]["tokens"] == 16 * blocks:
+                    events = runtime.status()["replicas"]["a"]["cache"]["events"]
+                    if (0 if events is None else events["tokens"]) == 16 * blocks:
                         return
                     await asyncio.sleep(0.02)
 
