@@ -70,7 +70,8 @@ def gateway_process(
         return with_params(deployment(group, engine.url, name=engine.name, region=f"{engine.name}-region"), **params)
 
     near, far = engine_pair
-    model_list = [entry(group, engine) for group in ("m", "plain", "retried", "limited") for engine in engine_pair]
+    model_list = [entry(group, engine) for group in ("m", "plain", "retried") for engine in engine_pair]
+    model_list += [entry("limited", engine, cooldown_time=60) for engine in engine_pair]
     model_list += [messages_deployment("am", engine) for engine in engine_pair]
     model_list += [entry("solo", near), messages_deployment("solo-am", near)]
     model_list += [entry("vm", engine, model="hosted_vllm/vm") for engine in engine_pair]

@@ -62,9 +62,9 @@ def test_a_client_that_leaves_before_the_first_token_leaves_no_flight(
 @pytest.mark.parametrize("path", STREAMING)
 def test_a_client_that_leaves_mid_stream_leaves_no_flight(gateway: Proxy, engines: Engines, path: str) -> None:
     for engine in engines:
-        engine.behaviour = Behaviour(tokens=200, between_tokens_s=0.02)
+        engine.behaviour = Behaviour(tokens=1500, between_tokens_s=0.02)
     leave(gateway, path, ENDPOINTS[path](long_text()) | {"stream": True}, after_bytes=True)
-    wait_until(lambda: open_flights(gateway) == 0, 2.0)
+    wait_until(lambda: open_flights(gateway) == 0)
 
 
 def test_a_client_that_leaves_a_pass_through_leaves_no_flight(gateway: Proxy, engines: Engines) -> None:

@@ -54,11 +54,11 @@ async def test_a_long_run_of_anything_gets_the_ids_of_the_whole(runtime: Runtime
     ],
 )
 async def test_a_body_that_cannot_be_read_is_refused_at_once(runtime: Runtime, body: Any, sentence: str) -> None:
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     with pytest.raises(PromptError) as refused:
         await runtime.prepare(body, CHAT)
     assert str(refused.value).startswith(sentence)
-    assert time.perf_counter() - began_s < 1.0
+    assert time.process_time() - began_s < 1.0
 
 
 async def test_lone_surrogates_that_python_lets_through_are_replaced(runtime: Runtime) -> None:

@@ -256,7 +256,7 @@ async def test_a_reload_that_is_refused_leaves_the_last_good_state_and_says_so(l
 
 
 async def test_a_lost_flight_is_swept_while_no_request_comes(listener: int) -> None:
-    async with started(settings(listener, flight_ttl_s=0.2)) as runtime:
+    async with started(settings(listener, flight_ttl_s=2.0)) as runtime:
         runtime.router.route(await runtime.prepare(chat("lost"), CHAT))
         assert sum(runtime.status()["flights"].values()) == 1
         await until(lambda: sum(runtime.status()["flights"].values()) == 0)

@@ -110,9 +110,9 @@ def test_forgetting_takes_no_time_and_later_credits_clean_up() -> None:
     index = index_of(blocks=200_000)
     for number in range(2000):
         index.credit(0, path(*range(number * 100, number * 100 + 50)))
-    started = time.perf_counter()
+    started = time.thread_time()
     index.forget(0)
-    assert time.perf_counter() - started < 0.005
+    assert time.thread_time() - started < 0.005
     for _ in range(100_000 // RETIRED_BLOCKS_PER_CREDIT + 2):
         index.credit(1, path(7))
     assert not index._retired
@@ -134,19 +134,19 @@ def test_a_tree_that_branches_at_every_block_is_walked_only_so_far() -> None:
     for number in range(64, 2 * MAX_WALK_NODES, 64):
         index.credit(1, whole[: number * HASH_BYTES])
     assert index.match(whole)[1] <= 2 * MAX_WALK_NODES
-    started = time.perf_counter()
+    started = time.thread_time()
     index.match(whole)
-    assert time.perf_counter() - started < 0.05
+    assert time.thread_time() - started < 0.05
 
 
 def test_many_children_make_neither_lookup_nor_eviction_slow() -> None:
     index = index_of(blocks=20_000)
     for number in range(20_000):
         index.credit(0, path(0, number + 1))
-    started = time.perf_counter()
+    started = time.thread_time()
     for number in range(20_000, 22_000):
         index.credit(0, path(0, number + 1))
-    assert (time.perf_counter() - started) / 2000 < 0.001
+    assert (time.thread_time() - started) / 2000 < 0.001
     assert index.held_blocks(0) == 20_000
 
 
