@@ -32,9 +32,10 @@ class CostTable(Costs):
 
     def __getitem__(self, name: str) -> Cost:
         try:
-            return self._at(self._view.names.index(name))
+            row = self._view.names.index(name)
         except ValueError:
             raise KeyError(name) from None
+        return self._at(row)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._view.names)
@@ -44,9 +45,8 @@ class CostTable(Costs):
 
     def expected(self) -> Expected:
         """Of the chosen one."""
-        view, row = self._view, self._choice.row
-        ttft_ms = view.network_ms.item(row) + view.queue_ms.item(row) + view.prefill_ms.item(row)
-        return Expected(ttft_ms, round(view.cached_tokens.item(row)))
+        row = self._choice.row
+        return Expected(self._view.ttft_ms(row), round(self._view.cached_tokens.item(row)))
 
     def ranked(self) -> list[str]:
         """Names, the chosen one first, then the cheapest."""

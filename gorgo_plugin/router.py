@@ -461,7 +461,6 @@ class Router:
         now: float,
         observer: Observer | None,
     ) -> None:
-        network_ms = view.network_ms.item(row)
         flight = Flight(
             flight_id=flight_id,
             request_id=request_id,
@@ -476,8 +475,8 @@ class Router:
             uncached_tokens=view.uncached_tokens.item(row),
             work_tokens=view.work_tokens.item(row),
             ahead_tokens=self._flights.ahead_tokens(slot, model.rates.slot_ms_per_token(slot), now),
-            network_ms=network_ms,
-            predicted_ms=network_ms + view.queue_ms.item(row) + view.prefill_ms.item(row),
+            network_ms=view.network_ms.item(row),
+            predicted_ms=view.ttft_ms(row),
             path_blocks=int(found.blocks[slot]),
             answer_blocks=found.answer_blocks(slot),
             rest=model.rest(prompt),

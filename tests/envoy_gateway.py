@@ -19,7 +19,7 @@ import trustme
 import yaml
 
 from gorgo_plugin import Settings
-from gorgo_plugin.envoy_ext_proc.envoy_yaml import Mode, envoy_config
+from gorgo_plugin.envoy_ext_proc.envoy_yaml import POOL_CLUSTER, Mode, envoy_config
 from gorgo_plugin.fleet.processes import free_port
 from tests.litellm_proxy import ROOT, wait_until
 from tests.stub_engine import Behaviour, StubEngine
@@ -110,7 +110,7 @@ class Gateway:
 
     def wait_for_replicas(self) -> None:
         """Wait until Envoy's health checks have passed all replicas."""
-        names = ["gorgo-pool"] if self.mode == "override-host" else [one.name for one in self.settings.replicas]
+        names = [POOL_CLUSTER] if self.mode == "override-host" else [one.name for one in self.settings.replicas]
         for name in names:
             wait_until(lambda name=name: self.healthy(name), 15.0, f"{name} to be well", self.log_text)
 

@@ -63,6 +63,10 @@ class View:
     weights: tuple[float, float]
     rng: random.Random
 
+    def ttft_ms(self, row: int) -> float:
+        """The unweighted prediction for one candidate: network + queue + prefill."""
+        return self.network_ms.item(row) + self.queue_ms.item(row) + self.prefill_ms.item(row)
+
     @property
     def waiting(self) -> FloatArray:
         """Flights before their first token."""

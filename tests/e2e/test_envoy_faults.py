@@ -31,7 +31,6 @@ HOSTS = {
 }
 PAUSE = {"backoff_s": 0.5, "backoff_max_s": 0.5}  # long enough to be seen, short enough to be waited for
 PROBE = {"interval_s": 2.0}  # a replica that is gone must be found by a request, not by two probes before it
-PATIENT = {"message_timeout_s": 2.0}  # a busy machine must not leave requests unrouted
 names = (f"c{number}" for number in itertools.count())
 
 
@@ -55,8 +54,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFleet]:
 
 @pytest.fixture(scope="module")
 def shared(fleet: TlsFleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    envoy = {**fleet.envoy, **PATIENT}
-    with running(tmp_path_factory.mktemp("gateway"), fleet.replicas, envoy=envoy, health=PAUSE, probe=PROBE) as gateway:
+    with running(
+        tmp_path_factory.mktemp("gateway"), fleet.replicas, envoy=fleet.envoy, health=PAUSE, probe=PROBE
+    ) as gateway:
         yield gateway
 
 
@@ -116,7 +116,7 @@ def test_a_replica_that_cannot_prove_its_name_serves_nothing(tmp_path: Path, imp
     ca, stranger = trustme.CA(), trustme.CA()
     ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     wrong = tls_for(ca, "ap-northeast.localhost") if "name" in impostor else tls_for(stranger, "us-east.localhost")
-    envoy = {"replica_ca_file": str(tmp_path / "ca.pem"), "health_path": None, **PATIENT}
+    envoy = {"replica_ca_file": str(tmp_path / "ca.pem"), "health_path": None}
     with (
         StubEngine("us-east", tls=wrong, host="us-east.localhost") as bad,
         StubEngine("eu-central", tls=tls_for(ca, "eu-central.localhost"), host="eu-central.localhost") as good,
@@ -260,7 +260,7 @@ def plain(folder: Path, mode: Mode) -> Iterator[tuple[Gateway, dict[str, StubEng
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(StubEngine(name)) for name in ("near", "middle", "far")}
         replicas = [{"name": name, "region": name, "url": engine.url} for name, engine in engines.items()]
-        with running(folder, replicas, mode, health=PAUSE, envoy=PATIENT) as gateway:
+        with running(folder, replicas, mode, health=PAUSE) as gateway:
             yield gateway, engines
 
 
@@ -284,7 +284,6 @@ def test_aggregate_clusters_retry_elsewhere_too(tmp_path: Path) -> None:
 
 def test_override_host_retries_down_the_ranked_list(tmp_path: Path) -> None:
     with plain(tmp_path, "override-host") as (gateway, engines):
-        wait_until(lambda: gateway.healthy("gorgo-pool"), what="the pool to be well")
         of_address = {engine.url.removeprefix("http://"): name for name, engine in engines.items()}
         for _ in range(4):
             name, first = first_turn(gateway)
@@ -312,7 +311,7 @@ def test_override_host_retries_down_the_ranked_list(tmp_path: Path) -> None:
 def test_a_region_that_cannot_stand_in_a_header_is_left_out(tmp_path: Path) -> None:
     with StubEngine("one") as engine:
         replicas = [{"name": "one", "region": "two\nlines", "url": engine.url}]
-        with running(tmp_path, replicas, envoy=PATIENT) as gateway:
+        with running(tmp_path, replicas) as gateway:
             answer = gateway.post(chat("x"))
             assert answer.status_code == 200
             assert answer.headers["x-gorgo-replica"] == "one"

@@ -18,6 +18,17 @@ GORGO = (sys.executable, "-c", "from gorgo_plugin.cli import main; main(prog_nam
 WAIT_S = 10.0
 
 
+async def told(runtime: Runtime, client: aiohttp.ClientSession) -> None:
+    """The router knows all that the engine holds."""
+    while True:
+        async with client.get("/mock/state") as response:
+            blocks = (await response.json())["cached_blocks"]
+        events = runtime.status()["replicas"]["a"]["cache"]["events"]
+        if (0 if events is None else events["tokens"]) == 16 * blocks:
+            return
+        await asyncio.sleep(0.02)
+
+
 async def test_the_estimate_equals_what_the_engine_reports_also_under_eviction_and_after_a_restart(
     tmp_path: Path,
 ) -> None:
@@ -42,17 +53,6 @@ async def test_the_estimate_equals_what_the_engine_reports_also_under_eviction_a
         async with aiohttp.ClientSession(ready["url"]) as client, asyncio.timeout(4 * WAIT_S):
             while not runtime.status()["replicas"]["a"]["kv_events"]["connected"]:
                 await asyncio.sleep(0.01)
-
-            async def told() -> None:
-                """The router knows all that the engine holds."""
-                while True:
-                    async with client.get("/mock/state") as response:
-                        blocks = (await response.json())["cached_blocks"]
-                    events = runtime.status()["replicas"]["a"]["cache"]["events"]
-                    if (0 if events is None else events["tokens"]) == 16 * blocks:
-                        return
-                    await asyncio.sleep(0.02)
-
             reported, estimated = [], []
             for number in range(16):
                 ids = [
@@ -60,7 +60,7 @@ async def test_the_estimate_equals_what_the_engine_reports_also_under_eviction_a
                     *(rng.randrange(1000, 9000) for _ in range(40)),
                 ]
                 if number != 12:  # the restart is told by the first event after it
-                    await told()
+                    await told(runtime, client)
                 estimated.append(runtime.router.explain(Prompt(ids, model="m")).costs["a"].cached_tokens)
                 body = {"model": "m", "prompt": ids, "max_tokens": 2}
                 async with client.post("/v1/completions", json=body) as response:

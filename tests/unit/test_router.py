@@ -73,12 +73,14 @@ def test_costs_are_the_terms_in_milliseconds(router: Router) -> None:
 
 def test_what_is_expected_is_said_of_the_chosen_one(router: Router) -> None:
     router.finish(router.route(prompt(), candidates=["ap"]).flight_id)
-    router.route(prompt(20_000), candidates=["ap"])
-    decision = router.route(prompt(length=8100), candidates=["ap", "eu"], exclude=["eu"])
-    cost = decision.costs["ap"]
-    assert decision.costs.expected() == (cost.predicted_ttft_ms, cost.cached_tokens)
-    assert cost.queue_ms > 0.0
+    chosen = router.route(prompt(length=8100))
+    cost = chosen.costs["ap"]
+    assert chosen.replica == "ap"
+    assert chosen.costs.expected() == (cost.predicted_ttft_ms, cost.cached_tokens)
     assert cost.cached_tokens == 8000
+    behind = router.route(prompt(length=8100), candidates=["ap"]).costs
+    assert behind["ap"].queue_ms > 0.0
+    assert behind.expected() == (behind["ap"].predicted_ttft_ms, behind["ap"].cached_tokens)
 
 
 def test_a_long_cached_prefix_is_worth_a_round_trip(router: Router) -> None:
